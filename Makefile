@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target makes what it needs. `make VENV=... PYTHON=...` uses another environment or interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
+BUILT_FROM := pyproject.toml constraints.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint types bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+
+demo: $(VENV)/demo.stamp ## private digits in, synthetic digits out: runs/demo, in minutes on a CPU
+	$(BIN)/wavedp demo --out runs/demo
+
+test: $(VENV)/dev.stamp ## run the test-suite; needs no network once installed
+	$(BIN)/pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/dev.stamp ## ruff (lint and format) and clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+types: $(VENV)/dev.stamp ## mypy --strict on an installed copy, where kernels/ is wavedp.kernels
+	rm -rf build/types
+	$(BIN)/python setup.py -q build_py --build-lib build/types
+	cd build/types && $(BIN)/mypy --config-file ../../pyproject.toml -p wavedp
+
+bench: $(VENV)/dev.stamp ## time every op beside its rivals: benchmarks/results/*.csv
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/pytest benchmarks --import-mode=prepend --benchmark-enable
+
+clean: ## remove the environment, the build and the caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info wavedp/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted install is taken up again; [dev] contains [demo]. Build isolation
+# is off because the build tools just installed are the pinned ones.
+$(VENV)/%.stamp: $(BUILT_FROM)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch triton setuptools pybind11 ninja
+	$(PIP) --no-build-isolation -e '.[$*]'
+	touch $(VENV)/demo.stamp $@

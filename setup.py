@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the native code in csrc/ with ninja; everything else about the package is in pyproject.toml.
+
+wavedp._csrc needs a C++17 compiler (CXX, or the first of c++, g++, clang++), wavedp._csrc_cuda also nvcc
+(of CUDA_HOME where that is set, else on PATH or in /usr/local/cuda). What cannot be built is left out with a
+warning. Environment:
+
+WAVEDP_BUILD_NATIVE  0 leaves both out; 1 makes failing to build _csrc an error
+WAVEDP_BUILD_CUDA    0 leaves _csrc_cuda out; 1 makes failing to build it an error
+WAVEDP_CUDA_ARCHS    compute capabilities, as in "80;90" (default: 80;90;100 as far as nvcc knows them)
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import warnings
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-trapping-math"
+NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler=-fPIC,-fvisibility=hidden"
+ISA_FLAGS = {"baseline": ""}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA_FLAGS |= {"avx2": "-mavx2", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl"}
+CUDA_ARCHS = ("80", "90", "100")
+SHARED = "-pthread " + ("-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared")
+CPU, CUDA = "wavedp._csrc", "wavedp._csrc_cuda"
+SOURCES = {
+    CPU: ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/wavelet.cpp"],
+    CUDA: ["csrc/bindings_cuda.cpp", "csrc/cuda/wavelet.cu"],
+}
+
+RULES = """
+rule cxx
+  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule nvcc
+  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $linker $in -o $out
+"""
+
+
+def find_compiler() -> str:
+    """The command of the C++ compiler, which may hold arguments."""
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    compiler = os.environ.get("CXX") or (shlex.quote(found) if found else None)
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler: set CXX, or install c++, g++ or clang++")
+    return compiler
+
+
+def find_nvcc() -> str:
+    """CUDA_HOME's nvcc where that is set, else the first of PATH and /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    places = [f"{home}/bin/nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    found = next((place for place in places if place and os.access(place, os.X_OK)), None)
+    if found is None:
+        raise FileNotFoundError(f"no nvcc in {home}/bin" if home else "no nvcc on PATH or in /usr/local/cuda")
+    return found
+
+
+def gencode(nvcc: str) -> str:
+    """Machine code for every architecture, and PTX of the newest for those that come after it."""
+    archs = os.environ.get("WAVEDP_CUDA_ARCHS", "").replace(";", " ").replace(".", "").split()
+    if not archs:
+        known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
+        archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known.split()]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return " ".join([*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
+
+
+def compile_step(output: str, rule: str, source: str, flags: str) -> str:
+    path = str(ROOT / source)
+    for character in "$ :":  # ninja's escapes in a path; the first is the escape itself
+        path = path.replace(character, "$" + character)
+    return f"build {output}: {rule} {path}\n  flags = {flags}\n"
+
+
+def binding_flags() -> str:
+    import pybind11
+
+    include = [pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
+    return " ".join([CXX_FLAGS, *(f"-isystem {shlex.quote(path)}".replace("$", "$$") for path in include)])
+
+
+def cpu_rules() -> str:
+    compiler = find_compiler()
+    x86 = "-DWAVEDP_X86" if "avx2" in ISA_FLAGS else ""
+    bindings, dispatch, wavelet = SOURCES[CPU]
+    steps = [f"cxx = {compiler}\nlinker = {compiler} {SHARED}\n"]
+    steps += [compile_step("bindings.o", "cxx", bindings, binding_flags())]
+    steps += [compile_step("dispatch.o", "cxx", dispatch, f"{CXX_FLAGS} -pthread {x86}")]
+    for isa, flags in ISA_FLAGS.items():
+        steps += [compile_step(f"{isa}.o", "cxx", wavelet, f"{CXX_FLAGS} {flags} -DWAVEDP_ISA={isa}")]
+    objects = " ".join(f"{isa}.o" for isa in ISA_FLAGS)
+    return "".join([*steps, f"build module.so: link bindings.o dispatch.o {objects}\n"])
+
+
+def cuda_rules() -> str:
+    compiler, nvcc = find_compiler(), find_nvcc()
+    host = f"-ccbin {compiler}" if len(shlex.split(compiler)) == 1 else ""
+    linker = f"{shlex.quote(nvcc)} {host} -shared -cudart static -Xlinker=--exclude-libs,ALL"
+    bindings, wavelet = SOURCES[CUDA]
+    steps = [f"cxx = {compiler}\nnvcc = {shlex.quote(nvcc)}\nlinker = {linker}\n"]
+    steps += [compile_step("bindings.o", "cxx", bindings, binding_flags())]
+    steps += [compile_step("wavelet.o", "nvcc", wavelet, f"{NVCC_FLAGS} {host} {gencode(nvcc)}")]
+    return "".join([*steps, "build module.so: link bindings.o wavelet.o\n"])
+
+
+class NinjaBuild(build_ext):
+    """Builds every extension in a ninja file of its own; one that fails is left out with a warning."""
+
+    def build_extensions(self) -> None:
+        built = []
+        for extension in self.extensions:
+            rules, variable = PARTS[extension.name]
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.unlink(missing_ok=True)
+            try:
+                self.build_with_ninja(extension.name, rules(), target)
+                built.append(extension)
+            except (OSError, ImportError, subprocess.CalledProcessError) as error:
+                if os.environ.get(variable) == "1":
+                    raise
+                warnings.warn(f"{extension.name} is left out, wavedp works without it: {error}", stacklevel=1)
+        self.extensions = built
+
+    def build_with_ninja(self, name: str, rules: str, target: Path) -> None:
+        import ninja
+
+        folder = Path(self.build_temp).resolve() / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(RULES + rules)
+        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(folder / "module.so"), str(target))
+
+
+PARTS = {CPU: (cpu_rules, "WAVEDP_BUILD_NATIVE"), CUDA: (cuda_rules, "WAVEDP_BUILD_CUDA")}
+left_out = {name for name, (_, variable) in PARTS.items() if os.environ.get(variable) == "0"}
+names = [] if CPU in left_out else [name for name in PARTS if name not in left_out]
+
+setup(
+    ext_modules=[Extension(name, SOURCES[name], optional=True) for name in names],
+    cmdclass={"build_ext": NinjaBuild},
+)

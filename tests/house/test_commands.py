@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two commands of the README: what they run, that CI runs the same, and that every install is pinned."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def planned(target: str, venv: Path) -> list[str]:
+    """The commands that `make TARGET` would run where the environment is missing."""
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("needs make")
+    env = {"PATH": os.environ["PATH"]}  # and not what an outer `make PYTHON=... test` exports
+    command = [make, "--dry-run", "--no-print-directory", f"VENV={venv}", target]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.replace("\\\n", " ").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("target", "extra", "command"),
+    [("demo", "demo", "bin/wavedp demo --out runs/demo"), ("test", "dev", "bin/pytest ")],
+)
+def test_the_environment_is_made_then_the_command_runs(
+    tmp_path: Path, target: str, extra: str, command: str
+) -> None:
+    make_venv, *installs, stamp, last = planned(target, tmp_path / "venv")
+    assert make_venv == f"python3 -m venv {tmp_path}/venv"
+    assert all(" -m pip install " in line and " -c constraints.txt " in line for line in installs)
+    assert installs[-1].endswith(f"-e '.[{extra}]'")
+    assert stamp.startswith("touch ")
+    assert last == f"{tmp_path}/venv/{command}"
+
+
+def test_ci_runs_the_readme_command() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    commands = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
+    assert commands == ["set -eu", 'cd "$(dirname "$0")/.."', "exec make test"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert {"make demo", "make test"} <= {line.split("#")[0].strip() for line in readme}

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may import whom, read off the syntax trees: the arrows of CONTRIBUTING.md, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# layer: the layers it may import, lazily or not. Arrows point right and down; a layer may skip to anything
+# further along, except past `ops`, which alone chooses between kernels, the native library and the reference.
+#
+#   cli -> training -> {data, models, superres, privacy} -> functional -> ops -> {kernels, native, reference}
+#   pipeline -> {models, superres}
+#   storage: files on disk; stands beside the parts and imports nothing of wavedp
+PARTS = {"data", "models", "superres", "privacy", "storage"}
+ARROWS: dict[str, set[str]] = {
+    "wavedp": {"functional", "ops", "pipeline"} | PARTS,  # the public face, wavedp/__init__.py
+    "__main__": {"cli"},
+    "cli": {"wavedp", "training", "pipeline", "functional"} | PARTS,
+    "training": {"wavedp", "pipeline", "functional"} | PARTS,
+    "pipeline": {"models", "superres", "storage", "functional"},
+    "data": {"storage", "functional"},
+    "models": {"storage", "functional"},
+    "superres": {"storage", "functional"},
+    "privacy": {"storage", "functional"},
+    "storage": set(),
+    "functional": {"ops"},
+    "ops": {"kernels", "native", "reference"},
+    "reference": set(),
+    "kernels": set(),
+}
+NATIVE = {"_csrc", "_csrc_cuda"}
+
+# Third-party packages at module level. Everything else is imported inside the function that uses it.
+EAGER = {"torch", "numpy", "safetensors", "typing_extensions"}  # the last is a requirement of torch
+EAGER_IN = {"kernels": {"torch", "numpy", "triton"}}
+# Third-party packages that may be imported inside a function, and by which layers.
+LAZY = {
+    "triton": {"ops"},
+    "tqdm": {"cli", "training", "data", "privacy", "superres", "models", "pipeline"},
+    "dp_accounting": {"privacy"},
+    "scipy": {"privacy", "data", "training"},
+    "PIL": {"cli", "training", "data", "superres", "pipeline"},
+    "matplotlib": {"cli", "training", "data"},  # data: the fonts it ships
+    "sklearn": {"data", "training"},
+    "HersheyFonts": {"data"},
+    "datasets": {"data"},
+    "diffusers": {"superres"},
+    "transformers": {"superres"},
+    "accelerate": {"superres"},
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str  # absolute dotted name
+    line: int
+    lazy: bool  # inside a function, or under `if TYPE_CHECKING:`
+
+
+def imports_of(source: str, package: str) -> Iterator[Import]:
+    """Every import of a module that lives in `package`, with relative names made absolute."""
+
+    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, lazy)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join(parents + ([base] if base else []))
+            for alias in node.names:
+                yield Import(f"{base}.{alias.name}", node.lineno, lazy)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            name = node.args[0]
+            if isinstance(name, ast.Constant):
+                yield Import(str(name.value), node.lineno, lazy)
+        for child in ast.iter_child_nodes(node):
+            body_of_if = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            runs_later = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from walk(child, lazy or body_of_if or runs_later)
+
+    yield from walk(ast.parse(source), lazy=False)
+
+
+def modules(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """(file, layer, package) of every Python module under wavedp/ and kernels/."""
+    for file in sorted((root / "wavedp").rglob("*.py")):
+        parts = file.relative_to(root).with_suffix("").parts
+        package = ".".join(parts[:-1])
+        layer = parts[1] if parts != ("wavedp", "__init__") else "wavedp"
+        yield file, layer, package
+    for file in sorted((root / "kernels").rglob("*.py")):
+        yield file, "kernels", "wavedp.kernels"
+
+
+def layer_imported(name: str) -> str:
+    """The layer that the absolute name `wavedp.x.y` or `wavedp.symbol` belongs to."""
+    first = (*name.split("."), "")[1]
+    if first in NATIVE:
+        return "native"
+    return first if first in ARROWS else "wavedp"
+
+
+def violations(root: Path) -> list[str]:
+    """One line for each import that no arrow allows."""
+    found = []
+    for file, layer, package in modules(root):
+        where = file.relative_to(root)
+        if layer not in ARROWS:
+            found.append(f"{where}: layer {layer!r} has no place in the table of arrows")
+            continue
+        for item in imports_of(file.read_text(encoding="utf-8"), package):
+            top = item.module.split(".")[0]
+            at = f"{where}:{item.line}"
+            if top == "wavedp":
+                target = layer_imported(item.module)
+                if target not in ARROWS[layer] | {layer}:
+                    found.append(f"{at}: {layer} may not import {target} ({item.module})")
+            elif top in sys.stdlib_module_names or top in EAGER_IN.get(layer, EAGER):
+                continue
+            elif top not in LAZY or layer not in LAZY[top]:
+                found.append(f"{at}: {layer} may not import {top}")
+            elif not item.lazy:
+                found.append(f"{at}: {top} is imported at module level; import it where it is used")
+    return found
+
+
+def test_every_import_follows_an_arrow() -> None:
+    found = violations(ROOT)
+    assert not found, "\n".join(found)
+
+
+def test_the_arrows_have_no_cycle() -> None:
+    done: set[str] = {"native"}
+    while ready := {layer for layer, targets in ARROWS.items() if targets <= done} - done:
+        done |= ready
+    assert done >= set(ARROWS)
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "complaint"),
+    [
+        ("wavedp/ops/wavelet.py", "from wavedp import functional", "ops may not import functional"),
+        ("wavedp/ops/wavelet.py", "from ..functional import dwt2", "ops may not import functional"),
+        ("wavedp/ops/wavelet.py", "from . import x\nfrom .. import privacy", "ops may not import privacy"),
+        ("wavedp/ops/wavelet.py", "import wavedp", "ops may not import wavedp"),
+        ("wavedp/functional.py", "from wavedp import _csrc", "functional may not import native"),
+        ("wavedp/functional.py", "import wavedp.kernels.wavelet", "functional may not import kernels"),
+        ("wavedp/models/a.py", "def f():\n    from wavedp.data import x", "models may not import data"),
+        ("wavedp/data/a.py", "import_module('wavedp.cli')", "data may not import cli"),
+        ("wavedp/data/a.py", "import PIL.Image", "PIL is imported at module level"),
+        ("wavedp/data/a.py", "try:\n    import sklearn\nexcept ImportError:\n    pass", "at module level"),
+        ("wavedp/data/a.py", "import pandas", "data may not import pandas"),
+        ("wavedp/models/a.py", "def f():\n    import diffusers", "models may not import diffusers"),
+        ("wavedp/reference/a.py", "from wavedp.ops import x", "reference may not import ops"),
+        ("wavedp/extra/a.py", "", "has no place in the table"),
+        ("kernels/a.py", "import wavedp.ops", "kernels may not import ops"),
+        ("kernels/a.py", "import safetensors", "kernels may not import safetensors"),
+    ],
+)
+def test_a_planted_import_is_found(tmp_path: Path, file: str, source: str, complaint: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source, encoding="utf-8")
+    (found,) = violations(tmp_path)
+    assert complaint in found
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("wavedp/ops/wavelet.py", "from wavedp import _csrc\nfrom wavedp.reference import wavelet"),
+        ("wavedp/ops/wavelet.py", "def f():\n    from wavedp.kernels import wavelet"),
+        ("wavedp/data/a.py", "def f():\n    import PIL.Image"),
+        ("wavedp/data/a.py", "if TYPE_CHECKING:\n    from PIL import Image"),
+        ("wavedp/__init__.py", "from wavedp.functional import dwt2"),
+        ("kernels/a.py", "import torch\nimport triton.language as tl"),
+    ],
+)
+def test_an_allowed_import_passes(tmp_path: Path, file: str, source: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source, encoding="utf-8")
+    assert violations(tmp_path) == []

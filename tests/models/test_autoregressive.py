@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The autoregressive model: causality, cache, sampling rules, guidance, per-sample losses."""
+
+import math
+
+import pytest
+import torch
+
+from wavedp.models import AutoregressiveConfig, AutoregressiveTransformer
+from wavedp.models.autoregressive import sample_tokens
+
+
+def make(seed: int = 0, **changes: object) -> AutoregressiveTransformer:
+    torch.manual_seed(seed)
+    sizes = {"num_classes": 3, "tokens_per_scale": 4, "num_scales": 3, "approximation_codes": 10, "detail_codes": 7}
+    config = AutoregressiveConfig(**{**sizes, "width": 16, "depth": 2, "heads": 2, **changes})
+    model = AutoregressiveTransformer(config).eval()
+    for parameter in model.parameters():  # far from the near-uniform start, so that differences show
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def tokens_for(model: AutoregressiveTransformer, batch: int) -> torch.Tensor:
+    c = model.config
+    rest = torch.randint(c.detail_codes, (batch, c.length - c.tokens_per_scale))
+    return torch.cat([torch.randint(c.approximation_codes, (batch, c.tokens_per_scale)), rest], dim=1)
+
+
+def test_the_loss_is_one_number_a_sample_and_independent_of_the_others():
+    model = make()
+    tokens, labels = tokens_for(model, 5), torch.tensor([0, 1, 2, 0, 3])
+    losses = model.loss(tokens, labels)
+    assert losses.shape == (5,)
+    alone = torch.cat([model.loss(tokens[i : i + 1], labels[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(losses, alone)
+
+
+def test_a_prefix_of_the_scales_costs_the_mean_over_its_own_tokens():
+    model = make()
+    tokens, labels = tokens_for(model, 2), torch.tensor([0, 1])
+    changed = tokens.clone()
+    changed[:, 4:] = 0
+    torch.testing.assert_close(model.loss(changed[:, :4], labels), model.loss(tokens[:, :4], labels))
+
+
+def test_sampling_follows_the_distribution_that_the_loss_scores():
+    """Total probability of all 2-token sequences is one, and greedy decoding finds the likeliest next token."""
+    model = make(tokens_per_scale=2, num_scales=1, approximation_codes=5)
+    pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    log_p = -2 * model.loss(pairs, torch.ones(25, dtype=torch.int64))
+    torch.testing.assert_close(log_p.exp().sum(), torch.tensor(1.0))
+    drawn = model.generate(torch.ones(20_000, dtype=torch.int64), generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn[:, 0] * 5 + drawn[:, 1], minlength=25)
+    expected = 20_000 * log_p.exp()
+    kept = expected > 5
+    chi2 = ((counts - expected).square() / expected)[kept].sum().item()
+    freedom = int(kept.sum()) - 1
+    assert chi2 < freedom + 6 * math.sqrt(2 * freedom) + 20  # far outside chance; the seed is fixed anyway
+
+
+def test_the_cache_gives_what_a_full_pass_gives():
+    model = make()
+    labels = torch.tensor([0, 1, 2])
+    generated = model.generate(labels, temperature=0)
+    for t in range(model.config.length):  # teacher-forced argmax at every position
+        hidden = model._embed(labels, generated[:, :-1])
+        for block in model.blocks:
+            hidden = block(hidden)
+        expected = model._head(t)(model.norm(hidden[:, t])).argmax(-1)
+        torch.testing.assert_close(generated[:, t], expected)
+
+
+def test_a_token_never_sees_the_future():
+    model = make()
+    tokens, labels = tokens_for(model, 1), torch.tensor([1])
+    before = model._embed(labels, tokens[:, :-1])
+    changed = tokens.clone()
+    changed[0, 6] = (changed[0, 6] + 1) % 7
+    after = model._embed(labels, changed[:, :-1])
+    for block in model.blocks:
+        before, after = block(before), block(after)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7], after[:, 7])
+
+
+def test_a_generator_makes_sampling_repeatable():
+    model = make()
+    labels = torch.arange(3)
+    first = model.generate(labels, generator=torch.Generator().manual_seed(3))
+    second = model.generate(labels, generator=torch.Generator().manual_seed(3))
+    third = model.generate(labels, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+
+
+def test_partial_generation_is_the_prefix_of_the_whole():
+    model = make()
+    labels = torch.arange(3)
+    whole = model.generate(labels, temperature=0)
+    assert torch.equal(model.generate(labels, num_scales=1, temperature=0), whole[:, :4])
+
+
+def test_top_k_and_temperature():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(4000, 1)
+    generator = torch.Generator().manual_seed(0)
+    assert set(sample_tokens(logits, 1.0, 2, generator).tolist()) == {2, 3}
+    assert set(sample_tokens(logits, 0.0, None).tolist()) == {3}
+    cold = (sample_tokens(logits, 0.25, None, generator) == 3).float().mean().item()
+    expected = torch.softmax(torch.tensor([0.0, 4.0, 8.0, 12.0]), 0)[3].item()
+    assert abs(cold - expected) < 0.01
+
+
+def test_guidance_moves_the_logits_along_the_class_direction():
+    model = make()
+    labels = torch.tensor([0, 1, 2])
+    without_class = torch.full_like(labels, model.no_class)
+
+    def first_logits(rows: torch.Tensor) -> torch.Tensor:
+        hidden = (model.class_embedding(rows) + model.position_embedding.weight[0])[:, None]
+        for block in model.blocks:
+            hidden = block(hidden)
+        return model.approximation_head(model.norm(hidden[:, 0]))
+
+    guided = first_logits(without_class) + 3.0 * (first_logits(labels) - first_logits(without_class))
+    got = model.generate(labels, num_scales=1, temperature=0, guidance_scale=3.0)[:, 0]
+    assert torch.equal(got, guided.argmax(-1))
+    assert torch.equal(
+        model.generate(labels, temperature=0, guidance_scale=0.0), model.generate(without_class, temperature=0)
+    )
+
+
+def test_class_dropout_hides_the_class_in_training_only():
+    model = make(class_dropout=0.5)
+    tokens, labels = tokens_for(model, 1).repeat(2000, 1), torch.zeros(2000, dtype=torch.int64)
+    without = model.loss(tokens[:1], torch.tensor([model.no_class]))
+    torch.manual_seed(0)
+    hidden = torch.isclose(model.train().loss(tokens, labels), without).float().mean().item()
+    assert abs(hidden - 0.5) < 0.05
+    assert model.eval().loss(tokens, labels).std() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": torch.tensor([4])}, r"0\.\.2"),
+        ({"labels": torch.tensor([-1])}, r"0\.\.2"),
+        ({"labels": torch.tensor([0.0])}, "int64"),
+        ({"num_scales": 4}, "num_scales"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+    ],
+)
+def test_bad_sampling_arguments_are_refused(arguments: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=message):
+        make().generate(**{"labels": torch.tensor([0]), **arguments})
+
+
+def test_bad_training_batches_are_refused():
+    model = make()
+    with pytest.raises(ValueError, match=r"k \* 4"):
+        model.loss(torch.zeros(1, 5, dtype=torch.int64), torch.tensor([0]))
+    with pytest.raises(ValueError, match="2 token sequences but 1 labels"):
+        model.loss(torch.zeros(2, 4, dtype=torch.int64), torch.tensor([0]))

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an op is tested: every backend and instruction set here, the Triton interpreter, the CUDA device."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+
+from wavedp.ops import use_backend
+
+
+def fresh_kernels(name: str, interpreted: bool) -> ModuleType:
+    """A new copy of ``wavedp.kernels.<name>``, its kernels interpreted or compiled whatever the environment.
+
+    Triton decides when a kernel is defined. Triton itself is imported before, else its own library would stay
+    interpreted for every test that follows.
+    """
+    importlib.import_module("triton.language")
+    spec = importlib.util.find_spec(f"wavedp.kernels.{name}")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+        spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Target:
+    backend: str
+    device: str = "cpu"
+    isa: str | None = None
+    interpreted: bool = False
+
+    def __str__(self) -> str:
+        return "-".join(
+            filter(None, (self.backend, self.isa or self.device, "interpreted" * self.interpreted))
+        )
+
+    def rounds_to_nearest(self, dtype: torch.dtype) -> bool:
+        # Triton's interpreter cuts float32 off to bfloat16; compiled code rounds to nearest even.
+        return not (self.interpreted and dtype == torch.bfloat16)
+
+
+TARGETS = [
+    Target("reference"),
+    Target("native", isa="baseline"),
+    Target("native", isa="avx2"),
+    Target("native", isa="avx512"),
+    Target("triton", interpreted=True),
+    *(
+        pytest.param(Target(backend, "cuda"), marks=pytest.mark.cuda)
+        for backend in ("reference", "triton", "cuda")
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def interpreted_wavelet_kernels() -> ModuleType:
+    return fresh_kernels("wavelet", interpreted=True)
+
+
+@pytest.fixture(params=TARGETS, ids=str)
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Each backend in turn, asked for while the test runs."""
+    chosen: Target = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        if chosen.interpreted:
+            kernels = request.getfixturevalue("interpreted_wavelet_kernels")
+            patch.setitem(sys.modules, "wavedp.kernels.wavelet", kernels)
+        if chosen.isa is not None:
+            native = pytest.importorskip("wavedp._csrc", reason="needs the C++ library")
+            before = native.isa()
+            try:
+                native.set_isa(chosen.isa)
+            except ValueError:
+                pytest.skip(f"needs a CPU with {chosen.isa}")
+        with use_backend(chosen.backend):
+            yield chosen
+        if chosen.isa is not None:
+            native.set_isa(before)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory that is allocated and not written holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``wavedp`` command. Every sub-command is a module with ``add_arguments(parser)`` and ``run(arguments)``."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from wavedp import __version__
+
+# command -> one line of help; the module is wavedp.cli.<command>
+COMMANDS = {
+    "demo": "the whole method on handwritten digits: minutes on a CPU, needs nothing",
+    "tokenizer": "train a spectral image tokenizer on public images",
+    "pretrain": "train the autoregressive model on public images",
+    "finetune": "fine-tune the autoregressive model on sensitive images with differential privacy",
+    "espcn": "train the package's own small super-resolution network on public images",
+    "sample": "sample coarse images and super-resolve them",
+    "upscale": "super-resolve a folder of images",
+    "evaluate": "train a classifier on synthetic images and test it on real ones",
+    "account": "epsilon for a noise multiplier, noise for an epsilon, or steps for an epsilon",
+}
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wavedp", description="Coarse-to-fine private image generation.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"wavedp {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"wavedp.cli.{name}")
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=(module.__doc__ or "").strip(),
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines and adds every default to its help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shown = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
+        return f"{text} (default: %(default)s)" if shown else text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status. Bad input is one sentence on stderr, not a traceback."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print(
+            "\nwavedp: stopped; the checkpoint is on disk, and the same command continues from it",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+        if arguments.traceback:
+            raise
+        print(f"wavedp {arguments.command}: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    return 0

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tunes the autoregressive model on SENSITIVE images with differential privacy (DP-Adam, Poisson sampling).
+
+Only the coarse wavelet coefficients of the images are read. Sample rate, expected batch size and the bound on
+the number of records are public choices: they are given here and never computed from the data. The noise is
+calibrated so that epsilon lands within 1 % below --epsilon, or given by --noise-multiplier.
+
+Writes model/, privacy.json, privacy.txt, ledger.jsonl, log.csv (its losses are NOT private), samples.png and a
+checkpoint, from which the same command continues without spending anything twice.
+"""
+
+import argparse
+from pathlib import Path
+
+from wavedp.cli import arguments as shared
+from wavedp.cli.pretrain import model_folder, show_samples
+from wavedp.models import load_autoregressive, load_tokenizer
+from wavedp.privacy import PrivacySpec
+from wavedp.training.private import PrivateTrainingConfig, finetune_private
+from wavedp.training.results import save_log
+from wavedp.training.runs import RunFolder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    shared.add_data(parser, "sensitive images", sizes=False)
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="DIR", help="folder written by 'wavedp tokenizer'"
+    )
+    group.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder written by 'wavedp pretrain'")
+    group.add_argument("--trainable", default=".*", metavar="REGEX", help="parameters to train; the others stay frozen")
+    add_privacy(parser)
+    group = parser.add_argument_group("training (free of privacy cost)")
+    group.add_argument("--learning-rate", type=shared.positive_float, default=1e-3, help="of Adam")
+    group.add_argument(
+        "--ema-decay",
+        type=shared.bounded(float, minimum=0, below=1),
+        default=0.95,
+        help="decay of the weights' average",
+    )
+    group.add_argument(
+        "--physical-batch-size",
+        type=shared.positive_int,
+        default=256,
+        help="images at once; bounds memory only",
+    )
+    group.add_argument(
+        "--save-every",
+        type=shared.positive_int,
+        default=50,
+        metavar="STEPS",
+        help="steps between checkpoints",
+    )
+    shared.add_run(parser)
+
+
+def add_privacy(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("privacy (public constants)")
+    noise = group.add_mutually_exclusive_group(required=True)
+    noise.add_argument("--epsilon", type=shared.positive_float, help="target epsilon; the noise is calibrated to it")
+    noise.add_argument("--noise-multiplier", type=shared.positive_float, help="noise standard deviation / sensitivity")
+    group.add_argument(
+        "--delta", type=shared.bounded(float, above=0, below=1), required=True, help="below 1 / --max-records"
+    )
+    group.add_argument(
+        "--max-records",
+        type=shared.positive_int,
+        required=True,
+        metavar="N",
+        help="public upper bound on the images",
+    )
+    group.add_argument(
+        "--sample-rate", type=shared.bounded(float, above=0, maximum=1), required=True,
+        help="probability of each image to join each batch",
+    )  # fmt: skip
+    group.add_argument("--steps", type=shared.positive_int, required=True, help="optimizer steps; each is charged")
+    group.add_argument(
+        "--expected-batch-size", type=shared.positive_float, required=True, metavar="IMAGES",
+        help="what the noisy sum is divided by, such as sample rate * expected number of images",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-grad-norm", type=shared.positive_float, default=1.0, help="clip of one image's gradient, l2"
+    )
+
+
+def privacy_spec(arguments: argparse.Namespace) -> PrivacySpec:
+    constants = {
+        "sample_rate": arguments.sample_rate,
+        "steps": arguments.steps,
+        "max_grad_norm": arguments.max_grad_norm,
+        "expected_batch_size": arguments.expected_batch_size,
+        "delta": arguments.delta,
+        "dataset_size_bound": arguments.max_records,
+    }
+    if arguments.epsilon is None:
+        return PrivacySpec(noise_multiplier=arguments.noise_multiplier, **constants)
+    return PrivacySpec.for_target_epsilon(arguments.epsilon, **constants)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    device = shared.prepare_device(arguments)
+    spec = privacy_spec(arguments)
+    tokenizer = load_tokenizer(model_folder(arguments.tokenizer), device)
+    model = load_autoregressive(model_folder(arguments.model), device)
+    layout = tokenizer.layout
+    folder = RunFolder(arguments.out, shared.settings(arguments))
+    dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
+    if len(dataset.classes) != model.config.num_classes:
+        raise ValueError(
+            f"{arguments.data} has {len(dataset.classes)} classes, the model in {arguments.model} has "
+            f"{model.config.num_classes}; pre-train on the same classes"
+        )
+    config = PrivateTrainingConfig(
+        learning_rate=arguments.learning_rate,
+        ema_decay=arguments.ema_decay,
+        trainable=arguments.trainable,
+        physical_batch_size=arguments.physical_batch_size,
+        save_every=arguments.save_every,
+    )
+    statement = finetune_private(
+        dataset, tokenizer, model, spec, config, folder.path, progress=not arguments.no_progress
+    )
+    show_samples(tokenizer, model, dataset.classes, folder, seed=arguments.seed)
+    save_log(folder / "log.png", folder / "log.csv", ("loss_not_private",))
+    print(statement.to_text())
+    print(f"\nmodel: {folder / 'model'}; look at {folder / 'samples.png'}")

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the autoregressive model on the tokens of PUBLIC images.
+
+Writes model/, log.csv, log.png, samples.png and a checkpoint, from which the same command continues.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from wavedp.cli import arguments as shared
+from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, load_tokenizer
+from wavedp.training.pictures import save_grid
+from wavedp.training.public import autoregressive_config, pretrain_autoregressive
+from wavedp.training.results import save_log
+from wavedp.training.runs import RunFolder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    shared.add_data(parser, "public images", sizes=False)
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="DIR", help="folder written by 'wavedp tokenizer'"
+    )
+    group.add_argument("--scales", type=shared.positive_int, default=1, help="how many of the coarsest scales to model")
+    group.add_argument("--width", type=shared.positive_int, default=96, help="width of the transformer")
+    group.add_argument("--depth", type=shared.positive_int, default=3, help="blocks")
+    group.add_argument("--heads", type=shared.positive_int, default=4, help="attention heads")
+    shared.add_training(parser, steps=1500, batch_size=128, learning_rate=2e-3)
+    shared.add_run(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    device = shared.prepare_device(arguments)
+    tokenizer = load_tokenizer(model_folder(arguments.tokenizer), device)
+    layout = tokenizer.layout
+    folder = RunFolder(arguments.out, shared.settings(arguments))
+    dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
+    config = autoregressive_config(
+        tokenizer,
+        num_classes=len(dataset.classes),
+        num_scales=arguments.scales,
+        width=arguments.width,
+        depth=arguments.depth,
+        heads=arguments.heads,
+    )
+    training = shared.training_config(arguments)
+    model = pretrain_autoregressive(
+        dataset, tokenizer, config, training, folder.path, device=device, progress=not arguments.no_progress
+    )
+    show_samples(tokenizer, model, dataset.classes, folder, seed=arguments.seed)
+    save_log(folder / "log.png", folder / "log.csv", ("loss",))
+    print(f"model: {folder / 'model'}; look at {folder / 'samples.png'}")
+
+
+def model_folder(path: Path) -> Path:
+    """A run folder stands for the model inside it."""
+    return path / "model" if (path / "model" / "config.json").is_file() else path
+
+
+@torch.no_grad()
+def show_samples(
+    tokenizer: SpectralTokenizer,
+    model: AutoregressiveTransformer,
+    classes: tuple[str, ...],
+    folder: RunFolder,
+    *,
+    seed: int,
+    rows: int = 5,
+) -> None:
+    """A picture: coarse samples, a column for each class."""
+    shown = classes[:12]
+    labels = torch.arange(len(shown)).repeat(rows).to(model.class_embedding.weight.device)
+    tokens = model.generate(labels, generator=torch.Generator(labels.device).manual_seed(seed))
+    images = tokenizer.decode(tokens).cpu().unflatten(0, (rows, len(shown)))
+    side = images.shape[-1]
+    save_grid(
+        folder / "samples.png",
+        [(f"sample {i + 1}", row) for i, row in enumerate(images)],
+        title=f"coarse samples, {side} x {side} pixels",
+        column_labels=shown,
+    )

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples images: coarse tokens, decoded, then super-resolved by a public model.
+
+Writes pipeline/ (what CoarseToFinePipeline.from_pretrained takes), images/ and coarse/ (PNG in class sub-folders)
+and grid.png. Labels are public choices: the classes take turns unless --labels names them.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from wavedp.cli import arguments as shared
+from wavedp.cli.pretrain import model_folder
+from wavedp.cli.upscale import add_super_resolver, super_resolver
+from wavedp.models import load_autoregressive, load_tokenizer
+from wavedp.pipeline import CoarseToFineOutput, CoarseToFinePipeline
+from wavedp.training.pictures import save_grid
+from wavedp.training.results import save_images
+from wavedp.training.runs import RunFolder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_argument_group("model: a pipeline, or its parts")
+    source.add_argument("--pipeline", type=Path, metavar="DIR", help="folder written by an earlier 'wavedp sample'")
+    source.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder written by 'wavedp tokenizer'")
+    source.add_argument("--model", type=Path, metavar="DIR", help="folder written by 'wavedp finetune' or 'pretrain'")
+    source.add_argument("--classes", metavar="A,B,...", help="names of the classes (default: their numbers)")
+    add_super_resolver(parser, default="bicubic")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--num-images", type=shared.positive_int, default=100, help="images in all")
+    group.add_argument(
+        "--labels", metavar="A,B,...", help="classes to sample, by name or number (default: all, in turn)"
+    )
+    group.add_argument(
+        "--temperature",
+        type=shared.bounded(float, minimum=0),
+        default=1.0,
+        help="divides the logits; 0 is greedy",
+    )
+    group.add_argument("--top-k", type=shared.positive_int, metavar="K", help="sample among the K likeliest tokens")
+    group.add_argument("--guidance-scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
+    group.add_argument("--batch-size", type=shared.positive_int, default=256, help="images at once")
+    shared.add_run(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    device = shared.prepare_device(arguments)
+    folder = RunFolder(arguments.out, shared.settings(arguments), overwrite=True)
+    pipeline = build_pipeline(arguments, device)
+    labels = shared.class_names(arguments.labels)
+    output = pipeline(
+        None if labels is None else [label_of(name, pipeline.classes) for name in labels],
+        arguments.num_images,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        guidance_scale=arguments.guidance_scale,
+        batch_size=arguments.batch_size,
+        generator=torch.Generator(device).manual_seed(arguments.seed),
+        progress=not arguments.no_progress,
+    )
+    pipeline.save_pretrained(folder / "pipeline")
+    write_output(output, pipeline.classes, folder)
+    print(f"{len(output.images)} images in {folder / 'images'}; look at {folder / 'grid.png'}")
+
+
+def build_pipeline(arguments: argparse.Namespace, device: torch.device) -> CoarseToFinePipeline:
+    if arguments.pipeline is not None:
+        if arguments.tokenizer is not None or arguments.model is not None:
+            raise ValueError("give either --pipeline or --tokenizer and --model")
+        path = arguments.pipeline / "pipeline" if (arguments.pipeline / "pipeline").is_dir() else arguments.pipeline
+        return CoarseToFinePipeline.from_pretrained(path, device=device)
+    if arguments.tokenizer is None or arguments.model is None:
+        raise ValueError("give --pipeline, or both --tokenizer and --model")
+    tokenizer = load_tokenizer(model_folder(arguments.tokenizer), device)
+    model = load_autoregressive(model_folder(arguments.model), device)
+    coarse_size = tokenizer.layout.resolution(model.config.num_scales)
+    resolver = super_resolver(arguments, coarse_size, tokenizer.layout.image_size, device)
+    classes = shared.class_names(arguments.classes) or [str(i) for i in range(model.config.num_classes)]
+    return CoarseToFinePipeline(tokenizer, model, resolver, classes=classes).to(device)
+
+
+def label_of(name: str, classes: tuple[str, ...]) -> int | str:
+    """A class name, or else a number."""
+    return int(name) if name not in classes and name.isdecimal() else name
+
+
+def write_output(output: CoarseToFineOutput, classes: tuple[str, ...], folder: RunFolder) -> None:
+    save_images(folder / "images", output.images, output.labels, classes)
+    save_images(folder / "coarse", output.coarse, output.labels, classes)
+    shown = min(10, len(output.images))
+    rows = [
+        (f"coarse\n{output.coarse.shape[-1]} px", output.coarse[:shown]),
+        (f"super-resolved\n{output.images.shape[-1]} px", output.images[:shown]),
+    ]
+    save_grid(folder / "grid.png", rows, column_labels=[classes[int(label)] for label in output.labels[:shown]])

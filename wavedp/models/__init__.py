@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models of the method: a spectral image tokenizer and an autoregressive transformer over its tokens."""
+
+from wavedp.models.autoregressive import AutoregressiveConfig, AutoregressiveTransformer
+from wavedp.models.spectral_tokenizer import SpectralTokenizer, SpectralTokenizerConfig, TokenizerOutput
+from wavedp.models.storage import load_autoregressive, load_model, load_tokenizer, save_model
+
+__all__ = [
+    "AutoregressiveConfig",
+    "AutoregressiveTransformer",
+    "SpectralTokenizer",
+    "SpectralTokenizerConfig",
+    "TokenizerOutput",
+    "load_autoregressive",
+    "load_model",
+    "load_tokenizer",
+    "save_model",
+]

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The geometry of a spectral token sequence: which scale has which map, patch and resolution.
+
+Scale 0 is the approximation LL_L; scale s >= 1 holds the details (cH, cV, cD) of level L - s + 1, stacked on
+channels. Every scale has the same grid of tokens, because patches grow with frequency (arXiv 2412.09607).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wavedp.functional import wavedec2, waverec2
+
+
+@dataclass(frozen=True)
+class SpectralLayout:
+    """Sizes of every scale of an ``image_size`` square image with ``levels`` Haar levels and a ``grid`` x ``grid``
+    map of tokens per scale."""
+
+    image_size: int
+    channels: int
+    levels: int
+    grid: int
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "channels", "levels", "grid"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        coarsest = self.image_size >> self.levels
+        if coarsest << self.levels != self.image_size or coarsest % self.grid:
+            raise ValueError(
+                f"image_size={self.image_size} with levels={self.levels} gives a coarsest map of "
+                f"{self.image_size / 2**self.levels:g} pixels a side, which must be a multiple of grid={self.grid}"
+            )
+
+    @property
+    def num_scales(self) -> int:
+        return self.levels + 1
+
+    @property
+    def tokens_per_scale(self) -> int:
+        return self.grid**2
+
+    def map_size(self, scale: int) -> int:
+        """Side of the coefficient map of ``scale``, in coefficients."""
+        return self.image_size >> (self.levels - max(scale - 1, 0))
+
+    def map_channels(self, scale: int) -> int:
+        return self.channels if scale == 0 else 3 * self.channels
+
+    def patch_size(self, scale: int) -> int:
+        return self.map_size(scale) // self.grid
+
+    def token_dim(self, scale: int) -> int:
+        """Coefficients per token: map_channels * patch_size**2."""
+        return self.map_channels(scale) * self.patch_size(scale) ** 2
+
+    def resolution(self, num_scales: int) -> int:
+        """Side in pixels of the image that the first ``num_scales`` scales describe."""
+        if not 1 <= num_scales <= self.num_scales:
+            raise ValueError(f"num_scales must lie in 1..{self.num_scales}, got {num_scales}")
+        return self.image_size >> (self.num_scales - num_scales)
+
+    def scales_of_resolution(self, side: int) -> int:
+        """Number of scales whose image has ``side`` pixels; the inverse of `resolution`."""
+        for num_scales in range(1, self.num_scales + 1):
+            if self.resolution(num_scales) == side:
+                return num_scales
+        known = [self.resolution(k) for k in range(1, self.num_scales + 1)]
+        raise ValueError(f"an image of {side} pixels a side fits no prefix of the scales; sides are {known}")
+
+    def scales_of_length(self, length: int) -> int:
+        """Number of whole scales in a sequence of ``length`` tokens."""
+        num_scales, rest = divmod(length, self.tokens_per_scale)
+        if rest or not 1 <= num_scales <= self.num_scales:
+            raise ValueError(
+                f"a sequence of {length} tokens is not 1 to {self.num_scales} scales of {self.tokens_per_scale}"
+            )
+        return num_scales
+
+
+def image_to_maps(images: Tensor, layout: SpectralLayout) -> list[Tensor]:
+    """Coefficient maps of an image at any resolution of the layout, coarse first.
+
+    ``images``: [B, C, r, r] in [0, 1] with r = ``layout.resolution(k)``. Returns k maps [B, C_s, m_s, m_s] with the
+    values that the full-resolution image's transform would have: the coarse image of k scales is
+    LL / 2^(L + 1 - k), so its own coefficients are scaled back by that power of two.
+    """
+    if images.dim() != 4 or images.shape[1] != layout.channels or images.shape[2] != images.shape[3]:
+        raise ValueError(
+            f"images must have shape [B, {layout.channels}, r, r], got {list(images.shape)}; resize or convert first"
+        )
+    num_scales = layout.scales_of_resolution(images.shape[-1])
+    full = images * 2.0 ** (layout.num_scales - num_scales)
+    if num_scales == 1:
+        return [full]
+    coefficients = wavedec2(full, num_scales - 1)
+    return [torch.cat(bands, dim=1) if isinstance(bands, tuple) else bands for bands in coefficients]
+
+
+def maps_to_image(maps: list[Tensor], layout: SpectralLayout) -> Tensor:
+    """The image [B, C, r, r] that a prefix of the scales describes; the inverse of `image_to_maps`."""
+    approximation, *details = maps
+    bands = [tuple(m.chunk(3, dim=1)) for m in details]
+    full = waverec2([approximation, *bands]) if bands else approximation
+    return full * 0.5 ** (layout.num_scales - len(maps))
+
+
+def patchify(coefficients: Tensor, grid: int) -> Tensor:
+    """[B, C, m, m] -> [B, grid^2, C p^2], tokens in row-major order of the grid."""
+    B, C, m, _ = coefficients.shape
+    p = m // grid
+    blocks = coefficients.reshape(B, C, grid, p, grid, p)
+    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, C * p * p)
+
+
+def unpatchify(tokens: Tensor, grid: int, channels: int) -> Tensor:
+    """[B, grid^2, C p^2] -> [B, C, grid p, grid p]; the inverse of `patchify`."""
+    B, _, dim = tokens.shape
+    p = round((dim // channels) ** 0.5)
+    blocks = tokens.reshape(B, grid, grid, channels, p, p)
+    return blocks.permute(0, 3, 1, 4, 2, 5).reshape(B, channels, grid * p, grid * p)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spectral image tokenizer: images <-> discrete tokens, coarse scales first (arXiv 2412.09607)."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wavedp.models.quantizer import Quantized, VectorQuantizer
+from wavedp.models.spectra import SpectralLayout, image_to_maps, maps_to_image, patchify, unpatchify
+from wavedp.models.transformer import SpectralBlock, scale_causal_mask
+
+CAUSAL_SIDES = ("none", "encoder", "decoder", "both")
+
+
+@dataclass(frozen=True)
+class SpectralTokenizerConfig:
+    """Sizes of a spectral tokenizer. Tokens per scale are ``grid ** 2``; scales are ``levels + 1``.
+
+    ``causal``: where the scale-causal mask applies. ``"both"`` is the default, because only then do the tokens of a
+    coarse image not depend on detail (encoder) and does a prefix of the scales decode on its own (decoder).
+    """
+
+    image_size: int = 32  # pixels a side
+    channels: int = 1
+    levels: int = 2
+    grid: int = 4
+    width: int = 128
+    encoder_depth: int = 2
+    decoder_depth: int = 3
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    approximation_codes: int = 256
+    detail_codes: int = 256
+    code_dim: int = 8
+    causal: str = "both"
+    commitment_weight: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.causal not in CAUSAL_SIDES:
+            raise ValueError(f"causal must be one of {CAUSAL_SIDES}, got {self.causal!r}")
+        for name in (
+            "width",
+            "encoder_depth",
+            "decoder_depth",
+            "heads",
+            "approximation_codes",
+            "detail_codes",
+            "code_dim",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        self.layout()
+
+    def layout(self) -> SpectralLayout:
+        return SpectralLayout(self.image_size, self.channels, self.levels, self.grid)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class TokenizerOutput(NamedTuple):
+    """What a training step needs: ``images`` [B, C, r, r], ``tokens`` [B, T], scalar losses."""
+
+    images: Tensor
+    tokens: Tensor
+    loss: Tensor
+    reconstruction_loss: Tensor
+    codebook_loss: Tensor
+    commitment_loss: Tensor
+
+
+class SpectralTokenizer(nn.Module):
+    """Encoder, two disjoint codebooks (approximation, details) and decoder over wavelet patches.
+
+    ``encode`` takes images at the resolution of any prefix of the scales and returns that prefix's tokens;
+    ``decode`` takes a prefix of the tokens and returns the image at that prefix's resolution.
+    """
+
+    coefficient_mean: Tensor
+    coefficient_std: Tensor
+
+    def __init__(self, config: SpectralTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = config.layout()
+        scales = range(self.layout.num_scales)
+        dims = [self.layout.token_dim(s) for s in scales]
+        length = self.layout.num_scales * self.layout.tokens_per_scale
+        self.embed = nn.ModuleList(nn.Linear(d, config.width) for d in dims)
+        self.unembed = nn.ModuleList(nn.Linear(config.width, d) for d in dims)
+        self.encoder_position = nn.Parameter(0.02 * torch.randn(length, config.width))
+        self.decoder_position = nn.Parameter(0.02 * torch.randn(length, config.width))
+        block = (config.width, config.heads, config.mlp_ratio)
+        self.encoder = nn.ModuleList(SpectralBlock(*block) for _ in range(config.encoder_depth))
+        self.decoder = nn.ModuleList(SpectralBlock(*block) for _ in range(config.decoder_depth))
+        self.encoder_norm = nn.RMSNorm(config.width)
+        self.decoder_norm = nn.RMSNorm(config.width)
+        self.approximation_quantizer = VectorQuantizer(config.width, config.approximation_codes, config.code_dim)
+        self.detail_quantizer = VectorQuantizer(config.width, config.detail_codes, config.code_dim)
+        # Public constants of the normalisation, per scale and coefficient channel; `fit_normalisation` sets them.
+        width = max(self.layout.map_channels(s) for s in scales)
+        self.register_buffer("coefficient_mean", torch.zeros(self.layout.num_scales, width))
+        self.register_buffer("coefficient_std", torch.ones(self.layout.num_scales, width))
+
+    @torch.no_grad()
+    def fit_normalisation(self, images: Tensor) -> None:
+        """Sets the per-scale mean and standard deviation from *public* images [B, C, H, W] in [0, 1]."""
+        for s, m in enumerate(image_to_maps(images, self.layout)):
+            channels = m.shape[1]
+            self.coefficient_mean[s, :channels] = m.mean(dim=(0, 2, 3))
+            self.coefficient_std[s, :channels] = m.std(dim=(0, 2, 3)).clamp_min(1e-3)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, C, r, r] in [0, 1], at the resolution of k scales -> tokens [B, k * tokens_per_scale], int64.
+
+        A token of the approximation lies in [0, approximation_codes), one of the details in [0, detail_codes).
+        Raises ValueError for a coarse image when the encoder is not scale-causal: its tokens would differ from
+        those of the full image.
+        """
+        return torch.cat([q.tokens for q in self._quantize(images)], dim=1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, k * tokens_per_scale] of the first k scales -> images [B, C, r_k, r_k] in [0, 1]."""
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must have shape [B, T], got {list(tokens.shape)}")
+        num_scales = self.layout.scales_of_length(tokens.shape[1])
+        self._need_causal("decoder", num_scales)
+        n = self.layout.tokens_per_scale
+        hidden = [self.approximation_quantizer.lookup(tokens[:, :n])]
+        if num_scales > 1:
+            hidden.append(self.detail_quantizer.lookup(tokens[:, n:]))
+        return self._reconstruct(torch.cat(hidden, dim=1)).clamp(0, 1)
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """Encodes, quantises and decodes images [B, C, r, r]; the loss is taken in pixels, after the inverse
+        transform: L2 + codebook + ``commitment_weight`` * commitment."""
+        quantized = self._quantize(images)
+        reconstruction = self._reconstruct(torch.cat([q.values for q in quantized], dim=1))
+        reconstruction_loss = F.mse_loss(reconstruction, images)
+        codebook_loss = torch.stack([q.codebook_loss for q in quantized]).mean()
+        commitment_loss = torch.stack([q.commitment_loss for q in quantized]).mean()
+        loss = reconstruction_loss + codebook_loss + self.config.commitment_weight * commitment_loss
+        tokens = torch.cat([q.tokens for q in quantized], dim=1)
+        return TokenizerOutput(reconstruction, tokens, loss, reconstruction_loss, codebook_loss, commitment_loss)
+
+    def _quantize(self, images: Tensor) -> list[Quantized]:
+        maps = image_to_maps(images, self.layout)
+        self._need_causal("encoder", len(maps))
+        tokens = [
+            self.embed[s](patchify((m - self._mean(s)) / self._std(s), self.layout.grid)) for s, m in enumerate(maps)
+        ]
+        hidden = torch.cat(tokens, dim=1)
+        hidden = hidden + self.encoder_position[: hidden.shape[1]]
+        hidden = self.encoder_norm(self._run(self.encoder, hidden, self.config.causal in ("encoder", "both")))
+        n = self.layout.tokens_per_scale
+        quantized = [self.approximation_quantizer(hidden[:, :n])]
+        if len(maps) > 1:
+            quantized.append(self.detail_quantizer(hidden[:, n:]))
+        return quantized
+
+    def _reconstruct(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.decoder_position[: hidden.shape[1]]
+        hidden = self.decoder_norm(self._run(self.decoder, hidden, self.config.causal in ("decoder", "both")))
+        maps = []
+        for s, tokens in enumerate(hidden.split(self.layout.tokens_per_scale, dim=1)):
+            normalised = unpatchify(self.unembed[s](tokens), self.layout.grid, self.layout.map_channels(s))
+            maps.append(normalised * self._std(s) + self._mean(s))
+        return maps_to_image(maps, self.layout)
+
+    def _run(self, blocks: nn.ModuleList, hidden: Tensor, causal: bool) -> Tensor:
+        n = self.layout.tokens_per_scale
+        num_scales = hidden.shape[1] // n
+        mask = scale_causal_mask(num_scales, n, hidden.device) if causal and num_scales > 1 else None
+        for block in blocks:
+            hidden = block(hidden, n, mask)
+        return hidden
+
+    def _need_causal(self, side: str, num_scales: int) -> None:
+        if num_scales < self.layout.num_scales and self.config.causal not in (side, "both"):
+            raise ValueError(
+                f"{num_scales} of {self.layout.num_scales} scales need a scale-causal {side}, but this tokenizer has "
+                f"causal={self.config.causal!r}; train one with causal='both'"
+            )
+
+    def _mean(self, scale: int) -> Tensor:
+        return self.coefficient_mean[scale, : self.layout.map_channels(scale), None, None]
+
+    def _std(self, scale: int) -> Tensor:
+        return self.coefficient_std[scale, : self.layout.map_channels(scale), None, None]

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differentially private training: specification, exact clipping, noise, accounting, ledger, statement."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wavedp.privacy.accounting import (
+        epsilon,
+        epsilon_bounds,
+        epsilon_rdp,
+        noise_multiplier_for,
+        steps_for,
+    )
+    from wavedp.privacy.bookkeeping import GradientBook
+    from wavedp.privacy.clipping import FlatClipping, clip_and_sum
+    from wavedp.privacy.entropy import Entropy
+    from wavedp.privacy.independence import check_records_independent
+    from wavedp.privacy.ledger import LedgerError, PrivacyLedger
+    from wavedp.privacy.noise import gaussian_noise, grid_step, round_to_grid
+    from wavedp.privacy.optimizer import PrivateOptimizer
+    from wavedp.privacy.sampling import PoissonSampler, physical_batches
+    from wavedp.privacy.spec import PrivacySpec
+    from wavedp.privacy.statement import PrivacyStatement
+
+_HOMES = {
+    "Entropy": "entropy",
+    "FlatClipping": "clipping",
+    "GradientBook": "bookkeeping",
+    "LedgerError": "ledger",
+    "PoissonSampler": "sampling",
+    "PrivacyLedger": "ledger",
+    "PrivacySpec": "spec",
+    "PrivacyStatement": "statement",
+    "PrivateOptimizer": "optimizer",
+    "check_records_independent": "independence",
+    "clip_and_sum": "clipping",
+    "epsilon": "accounting",
+    "epsilon_bounds": "accounting",
+    "epsilon_rdp": "accounting",
+    "gaussian_noise": "noise",
+    "grid_step": "noise",
+    "noise_multiplier_for": "accounting",
+    "physical_batches": "sampling",
+    "round_to_grid": "noise",
+    "steps_for": "accounting",
+}
+
+__all__ = [
+    "Entropy",
+    "FlatClipping",
+    "GradientBook",
+    "LedgerError",
+    "PoissonSampler",
+    "PrivacyLedger",
+    "PrivacySpec",
+    "PrivacyStatement",
+    "PrivateOptimizer",
+    "check_records_independent",
+    "clip_and_sum",
+    "epsilon",
+    "epsilon_bounds",
+    "epsilon_rdp",
+    "gaussian_noise",
+    "grid_step",
+    "noise_multiplier_for",
+    "physical_batches",
+    "round_to_grid",
+    "steps_for",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models can be trained privately: what is refused before the start, and what is watched during it."""
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from wavedp.privacy.layers import SUPPORTED_LAYERS, LayerRule, rule_for
+
+
+def booked_layers(model: nn.Module) -> dict[str, tuple[nn.Module, LayerRule]]:
+    """Return the layers of ``model`` that own trainable parameters, by name, with their rules.
+
+    Raises:
+        ValueError: a module computes across records, a trainable parameter belongs to a module without a
+            rule or to two modules, a layer's settings are not supported, or nothing is trainable. The message
+            names the module, its type, and what to do.
+    """
+    owners: dict[int, str] = {}
+    layers: dict[str, tuple[nn.Module, LayerRule]] = {}
+    for name, module in model.named_modules():
+        _refuse_cross_record(name, module)
+        trainable = {key: p for key, p in module.named_parameters(recurse=False) if p.requires_grad}
+        for key, parameter in trainable.items():
+            path = f"{name}.{key}" if name else key
+            if id(parameter) in owners:
+                raise ValueError(
+                    f"trainable parameter {owners[id(parameter)]!r} is also {path!r}: tied weights are not "
+                    f"supported, because the gradient of both uses has a cross term; give each module its own"
+                )
+            owners[id(parameter)] = path
+        if trainable:
+            layers[name] = (module, _rule(name, module, set(trainable)))
+    if not layers:
+        raise ValueError("the model has no trainable parameter: nothing requires a gradient")
+    return layers
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of ``model`` that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def saved_buffers(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """Return every buffer that a state_dict would hold, with its version counter."""
+    buffers = {}
+    for prefix, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if key not in module._non_persistent_buffers_set:
+                buffers[f"{prefix}.{key}" if prefix else key] = (buffer, buffer._version)
+    return buffers
+
+
+def _rule(name: str, module: nn.Module, trainable: set[str]) -> LayerRule:
+    title = f"module {name!r} of type {type(module).__name__}"
+    rule = rule_for(module)
+    if rule is None or not trainable <= rule.parameters:
+        raise ValueError(
+            f"{title} owns trainable parameters {sorted(trainable)} whose per-record gradients are not "
+            f"known; supported are {SUPPORTED_LAYERS}: move the parameters into one of these, or freeze "
+            f"them with requires_grad_(False)"
+        )
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{title} has a forward of its own (another GradientBook or a hook library is attached); detach "
+            f"it"
+        )
+    refusal = rule.refusal(module)
+    if refusal is not None:
+        raise ValueError(f"{title} is not supported: {refusal}")
+    return rule
+
+
+def _refuse_cross_record(name: str, module: nn.Module) -> None:
+    tracks = isinstance(module, _InstanceNorm) and module.track_running_stats
+    named = any("BatchNorm" in kind.__name__ for kind in type(module).__mro__)
+    if isinstance(module, _BatchNorm) or named or tracks:
+        raise ValueError(
+            f"module {name!r} of type {type(module).__name__} mixes the records of a batch or keeps "
+            f"statistics of them, frozen or not: replace it with LayerNorm, RMSNorm or GroupNorm"
+        )

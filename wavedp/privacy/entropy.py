@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where random bits come from: the operating system, or, for debugging only, a seed.
+
+Every draw of noise and every sampled batch reads fresh bytes from an :class:`Entropy`. The system source
+keeps no state, so there is nothing to save, to resume or to replay, and a forked process cannot repeat it.
+"""
+
+import hashlib
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+from wavedp.privacy.validation import check_integer
+
+
+class Entropy:
+    """A stream of random bytes.
+
+    Args:
+        insecure_seed: ``None`` (the default) reads ``os.urandom``. An integer makes the stream reproducible
+            with SHAKE-256, and marks everything made from it as insecure: no privacy statement is issued.
+        purpose: separates the streams that one seed makes (noise, sampling).
+    """
+
+    def __init__(self, insecure_seed: int | None = None, purpose: str = "") -> None:
+        self._prefix: bytes | None = None
+        if insecure_seed is not None:
+            seed = check_integer("insecure_seed", insecure_seed)
+            self._prefix = f"wavedp insecure {purpose} {seed} ".encode()
+        self._reads = 0
+
+    @property
+    def insecure(self) -> bool:
+        """Whether the bytes can be reproduced from a seed."""
+        return self._prefix is not None
+
+    def read(self, size: int) -> bytes:
+        """Return ``size`` bytes that no other read returns."""
+        if self._prefix is None:
+            return os.urandom(size)
+        self._reads += 1
+        return hashlib.shake_256(self._prefix + str(self._reads).encode()).digest(size)
+
+    def words(self, count: int, dtype: str = "<u8") -> npt.NDArray[np.unsignedinteger]:
+        """Return ``count`` uniform unsigned integers of little-endian type ``dtype``, ``<u4`` or ``<u8``."""
+        return np.frombuffer(self.read(count * np.dtype(dtype).itemsize), dtype=dtype)

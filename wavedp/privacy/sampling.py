@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Poisson sampling: at every step each record joins the batch independently with the public sample rate."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wavedp.privacy.entropy import Entropy
+from wavedp.privacy.validation import check_integer, check_real
+
+if TYPE_CHECKING:
+    from wavedp.privacy.spec import PrivacySpec
+
+_CHUNK = 1 << 20
+_WORD_RANGE = 1 << 64
+
+
+def membership_threshold(sample_rate: float) -> int:
+    """Return ``floor(sample_rate * 2^64)``, exactly: a record is in when its 64-bit word is below it.
+
+    The realised rate is below ``sample_rate`` by less than 2^-64; comparing a float32 uniform would round
+    it up to a multiple of 2^-24, which at a rate of 1e-7 is 19 % more than what is accounted.
+    """
+    sample_rate = check_real("sample_rate", sample_rate, above=0.0, at_most=1.0)
+    return int(Fraction(sample_rate) * _WORD_RANGE)
+
+
+class PoissonSampler:
+    """Yields ``steps`` batches of record indices, each an independent Poisson sample.
+
+    A batch is an int64 tensor of distinct indices in increasing order, and may be empty: an empty batch is
+    a step like any other and must be stepped and charged. The sampler draws each of its steps once;
+    iterating again goes on where it stopped. Nothing of its state can be saved: a resumed run samples afresh.
+
+    Args:
+        num_records: records in the private data set. It is used for nothing but drawing the indices.
+        sample_rate: the public probability q in (0, 1], from the :class:`~wavedp.privacy.PrivacySpec`;
+            never computed from ``num_records``, which is a property of the private data.
+        steps: number of batches.
+        insecure_seed: for debugging: batches become reproducible and the run gets no privacy statement.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type or out of range.
+    """
+
+    def __init__(
+        self, num_records: int, sample_rate: float, steps: int, *, insecure_seed: int | None = None
+    ) -> None:
+        self.num_records = check_integer("num_records", num_records)
+        self.sample_rate = check_real("sample_rate", sample_rate, above=0.0, at_most=1.0)
+        self.steps = check_integer("steps", steps)
+        self._threshold = membership_threshold(self.sample_rate)
+        self._entropy = Entropy(insecure_seed, "sampling")
+        self._drawn = 0
+
+    @classmethod
+    def for_spec(
+        cls,
+        spec: "PrivacySpec",
+        num_records: int,
+        *,
+        steps: int | None = None,
+        insecure_seed: int | None = None,
+    ) -> "PoissonSampler":
+        """Build the sampler that ``spec`` accounts for; ``steps`` is what is left of it in a resumed run.
+
+        Raises:
+            ValueError: there are more records than the public bound for which delta was chosen, or more
+                steps than the specification has.
+        """
+        if num_records > spec.dataset_size_bound:
+            raise ValueError(
+                f"the data set has more records than dataset_size_bound={spec.dataset_size_bound}; delta was "
+                f"chosen for that bound: raise the bound, and lower delta below its inverse"
+            )
+        steps = spec.steps if steps is None else check_integer("steps", steps, at_most=spec.steps)
+        return cls(num_records, spec.sample_rate, steps, insecure_seed=insecure_seed)
+
+    @property
+    def insecure(self) -> bool:
+        """Whether the batches can be reproduced from a seed."""
+        return self._entropy.insecure
+
+    @property
+    def drawn(self) -> int:
+        """Batches drawn so far."""
+        return self._drawn
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self._drawn < self.steps:
+            self._drawn += 1
+            yield self._draw()
+
+    def _draw(self) -> Tensor:
+        if self._threshold == _WORD_RANGE:
+            return torch.arange(self.num_records)
+        threshold = np.uint64(self._threshold)
+        members = [
+            start + np.flatnonzero(self._entropy.words(min(_CHUNK, self.num_records - start)) < threshold)
+            for start in range(0, self.num_records, _CHUNK)
+        ]
+        return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *members]))
+
+
+def physical_batches(indices: Tensor, size: int) -> Iterator[Tensor]:
+    """Split one logical batch into chunks of at most ``size`` records; an empty batch gives no chunk."""
+    size = check_integer("size", size, at_least=1)
+    for start in range(0, indices.numel(), size):
+        yield indices[start : start + size]

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The privacy statement of a run: what is guaranteed, by which mechanism, under which assumptions."""
+
+import json
+import math
+import platform
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+from wavedp.privacy.noise import GRID_BITS, MAX_DEVIATION, grid_step
+from wavedp.privacy.optimizer import PrivateOptimizer
+from wavedp.privacy.sampling import PoissonSampler
+
+ASSUMPTIONS = (
+    "sample_rate, expected_batch_size, dataset_size_bound and all other settings are public constants, not "
+    "computed from the private data.",
+    "Each record (with all its captions and copies) appears once in the data set; a person with k records is "
+    "protected by the weaker guarantee for groups of k.",
+    "Each loss depends on its own record and on the model alone.",
+    "Everything else that the published model is made of (tokenizer, pre-trained weights, "
+    "super-resolution) was made from public data only.",
+    "Only the parameters after each step are released. Losses, gradient norms, validation scores, timings, "
+    "batch sizes and the number of records are computed from private data without protection and are not "
+    "covered.",
+    "Labels and prompts used for sampling from the model are public or balanced, not counted from the "
+    "private data.",
+    "Settings were not tuned on the private data, or the runs that tuned them are charged separately.",
+    "Randomness comes from the operating system's generator; the machine, its memory and its timing are "
+    "trusted.",
+)
+"""What the guarantee rests on beyond what the code enforces."""
+
+_TITLES = {
+    "epsilon": "epsilon (upper bound)",
+    "epsilon_lower": "epsilon (lower bound)",
+    "epsilon_rdp": "epsilon (RDP cross-check)",
+    "epsilon_charged": "epsilon of charged steps",
+    "neighboring_relation": "neighbouring relation",
+    "steps_charged": "attempts charged",
+    "spec_fingerprint": "specification SHA-256",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyStatement:
+    """A run's guarantee. Build it with :meth:`from_run`, which refuses runs that have none.
+
+    ``epsilon`` is the upper bound for all planned steps: it holds for a run that stopped early, for whatever
+    reason. ``epsilon_charged`` is the bound for the charged steps alone, and holds if the decision to stop
+    did not depend on the private data.
+    """
+
+    mechanism: str
+    unit: str
+    neighboring_relation: str
+    epsilon: float
+    epsilon_lower: float
+    epsilon_rdp: float
+    epsilon_charged: float
+    delta: float
+    accountant: str
+    sampler: str
+    sample_rate: float
+    steps_planned: int
+    steps_charged: int
+    noise_multiplier: float
+    max_grad_norm: float
+    sensitivity: float
+    noise_stddev: float
+    expected_batch_size: float
+    noise_mode: str
+    dataset_size_bound: int
+    ledger_head: str | None
+    spec_fingerprint: str
+    assumptions: tuple[str, ...]
+    warnings: tuple[str, ...]
+    versions: dict[str, str]
+
+    @classmethod
+    def from_run(
+        cls, private: PrivateOptimizer, sampler: PoissonSampler, *, assumptions: Sequence[str] = ()
+    ) -> "PrivacyStatement":
+        """State the guarantee of the run that ``private`` drove with the batches of ``sampler``.
+
+        Args:
+            private: the optimizer, between two steps.
+            sampler: what drew every batch since ``private`` was built.
+            assumptions: sentences to add to :data:`ASSUMPTIONS`.
+
+        Raises:
+            RuntimeError: noise or sampling came from a seed, there is no noise, a batch is pending, nothing
+                was stepped, or the sampler is not the one that the specification accounts for.
+        """
+        _refuse_unfit(private, sampler)
+        spec = private.spec
+        lower, upper = spec.epsilon_bounds()
+        spent = private.privacy_spent()["epsilon_charged"]
+        if not math.isfinite(upper) or spent is None:
+            raise RuntimeError(f"epsilon is {upper}: this run has no privacy guarantee to state")
+        return cls(
+            mechanism="DP-SGD: sum of flatly clipped per-record gradients of Poisson samples, plus Gaussian noise",
+            unit=spec.unit,
+            neighboring_relation=spec.neighboring_relation,
+            epsilon=upper,
+            epsilon_lower=lower,
+            epsilon_rdp=spec.epsilon_rdp(),
+            epsilon_charged=float(spent),
+            delta=spec.delta,
+            accountant=f"pessimistic PLD, dp-accounting {metadata.version('dp-accounting')}",
+            sampler="Poisson: each record independently at every step, by 64-bit words of system entropy",
+            sample_rate=spec.sample_rate,
+            steps_planned=spec.steps,
+            steps_charged=private.steps_charged,
+            noise_multiplier=spec.noise_multiplier,
+            max_grad_norm=spec.max_grad_norm,
+            sensitivity=spec.sensitivity,
+            noise_stddev=spec.noise_stddev,
+            expected_batch_size=spec.expected_batch_size,
+            noise_mode=_noise_mode(spec.noise_stddev),
+            dataset_size_bound=spec.dataset_size_bound,
+            ledger_head=None if private.ledger is None else private.ledger.head,
+            spec_fingerprint=spec.fingerprint(),
+            assumptions=(*ASSUMPTIONS, *assumptions),
+            warnings=_warnings(private),
+            versions=_versions(),
+        )
+
+    def to_json(self) -> str:
+        """Return the statement as indented JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    def to_text(self) -> str:
+        """Return the statement for people to read: one aligned line per field, then the sentences."""
+        width = max(len(title) for title in _TITLES.values())
+        lines = ["Privacy statement", ""]
+        for name, value in asdict(self).items():
+            if name in ("assumptions", "warnings"):
+                continue
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {version}" for key, version in value.items())
+            shown = f"{value:.6g}" if isinstance(value, float) else "none" if value is None else str(value)
+            lines.append(f"{_TITLES.get(name, name.replace('_', ' ')):<{width}}  {shown}")
+        for title, sentences in (("Assumptions", self.assumptions), ("Warnings", self.warnings)):
+            lines += ["", title]
+            lines += [
+                textwrap.fill(sentence, width=100, initial_indent="  - ", subsequent_indent="    ")
+                for sentence in sentences or ("none",)
+            ]
+        return "\n".join(lines) + "\n"
+
+
+def _refuse_unfit(private: PrivateOptimizer, sampler: PoissonSampler) -> None:
+    spec = private.spec
+    if private.insecure or sampler.insecure:
+        raise RuntimeError(
+            "insecure_seed was used: noise or batches can be reproduced, so there is no guarantee"
+        )
+    if spec.noise_multiplier == 0.0:
+        raise RuntimeError("not private: noise_multiplier is 0")
+    if private.pending:
+        raise RuntimeError("a batch is pending: call step() or discard() before asking for the statement")
+    if private.steps_charged == 0:
+        raise RuntimeError("no step was charged: there is no private training to make a statement about")
+    if sampler.sample_rate != spec.sample_rate:
+        raise RuntimeError(
+            f"the sampler drew at {sampler.sample_rate}, the accounting is for {spec.sample_rate}"
+        )
+    if sampler.num_records > spec.dataset_size_bound:
+        raise RuntimeError(f"the data set has more records than dataset_size_bound={spec.dataset_size_bound}")
+    skipped = sampler.drawn - private.steps_started
+    if skipped < 0:
+        raise RuntimeError(f"{-skipped} steps were taken on batches that the sampler did not draw")
+    if skipped > 1:
+        raise RuntimeError(
+            f"{skipped} batches were drawn and not stepped; every batch must be, empty ones included: "
+            f"leaving some out is not the mechanism that is accounted"
+        )
+
+
+def _noise_mode(std: float) -> str:
+    return (
+        f"standard: operating-system entropy, Box-Muller in float64 with a 64-bit radius (tail to "
+        f"{MAX_DEVIATION:.2f} sigma), noisy sum rounded to multiples of {grid_step(std):.6g} "
+        f"(2^-{GRID_BITS} sigma and below); a hardening against floating-point attacks, not a proof"
+    )
+
+
+def _warnings(private: PrivateOptimizer) -> tuple[str, ...]:
+    found = []
+    if private.ledger is None:
+        found.append(
+            "No ledger was used: if an earlier attempt of this run was lost, it is not charged here."
+        )
+    if private.steps_charged < private.spec.steps:
+        found.append(
+            f"The run stopped after {private.steps_charged} of {private.spec.steps} steps; epsilon is for "
+            f"all of them."
+        )
+    return tuple(found)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("wavedp", "torch", "numpy", "dp-accounting"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"  # wavedp in a bare checkout
+    return versions

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that survive a crash: JSON and safetensors, written whole or not at all, read back only if intact.
+
+A file is written under a temporary name, flushed to the device, and renamed; the folder is flushed too. A reader
+therefore sees the old file or the new one. Tensors are stored as safetensors, never as pickles, and a folder of
+model weights carries the weights' sha256 in its config, since a flipped bit in raw weights goes unnoticed otherwise.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces ``path`` by ``content`` in one step; on OSError (disk full, no permission) the old file is kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Raises FileNotFoundError, or ValueError naming the file when it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); it was damaged or is not a wavedp file") from error
+
+
+def save_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes ``model.safetensors``, then ``config.json`` holding ``config`` and the weights' sha256.
+
+    The weights are named by their own hash until the config points at them, so that a crash between the two writes
+    leaves the previous pair readable.
+    """
+    content = safetensors.torch.save({k: v.detach().contiguous().cpu() for k, v in tensors.items()})
+    digest = hashlib.sha256(content).hexdigest()
+    weights = f"{digest[:16]}.safetensors" if (folder / CONFIG_FILE).exists() else WEIGHTS_FILE
+    write_bytes(folder / weights, content)
+    write_json(folder / CONFIG_FILE, {**config, "weights": weights, "sha256": digest})
+    for stale in folder.glob("*.safetensors"):
+        if stale.name != weights:
+            stale.unlink(missing_ok=True)
+
+
+def load_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads what `save_folder` wrote: (config without the storage fields, tensors on the CPU).
+
+    Raises FileNotFoundError when the folder holds no config, ValueError when a file is damaged.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; give the folder that a wavedp run or model wrote")
+    config = read_json(folder / CONFIG_FILE)
+    if not isinstance(config, dict) or not isinstance(config.get("weights"), str):
+        raise ValueError(f"{folder / CONFIG_FILE} names no weights file; it was not written by wavedp")
+    weights = folder / Path(config.pop("weights")).name
+    expected = config.pop("sha256", None)
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights} is missing; copy the folder again")
+    content = weights.read_bytes()
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise ValueError(f"{weights} does not have the sha256 in its config; the file was damaged: copy it again")
+    return config, safetensors.torch.load(content)
+
+
+def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copies ``tensors`` into ``model``; raises ValueError naming ``source`` when names or shapes differ."""
+    try:
+        model.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise ValueError(f"{source} does not fit its own configuration: {error}") from error

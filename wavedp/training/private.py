@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The private stage: DP-Adam fine-tuning of the autoregressive model on coarse tokens. All of epsilon is spent here."""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wavedp.data import ImageDataset
+from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, save_model
+from wavedp.privacy import (
+    PoissonSampler,
+    PrivacyLedger,
+    PrivacySpec,
+    PrivacyStatement,
+    PrivateOptimizer,
+    physical_batches,
+)
+from wavedp.storage import load_folder, save_folder, write_bytes
+from wavedp.training.interrupt import DeferredInterrupt
+from wavedp.training.loop import optimizer_tensors, restore_optimizer
+from wavedp.training.public import tokenize
+from wavedp.training.runs import CsvLog
+
+
+@dataclass(frozen=True)
+class PrivateTrainingConfig:
+    """What may be chosen without touching the guarantee; everything that makes the guarantee is in `PrivacySpec`."""
+
+    learning_rate: float = 1e-3
+    ema_decay: float = 0.95  # of the released weights, per step; 0 takes the last weights
+    trainable: str = ".*"  # regular expression; parameters whose name matches it are trained
+    physical_batch_size: int = 256  # images; bounds memory, not the logical batch
+    save_every: int = 50  # steps
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if self.physical_batch_size < 1 or self.save_every < 1:
+            raise ValueError("physical_batch_size and save_every must be at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def finetune_private(
+    dataset: ImageDataset,
+    tokenizer: SpectralTokenizer,
+    model: AutoregressiveTransformer,
+    spec: PrivacySpec,
+    config: PrivateTrainingConfig,
+    folder: Path,
+    *,
+    progress: bool = True,
+) -> PrivacyStatement:
+    """Fine-tunes ``model`` in place on the coarse tokens of ``dataset`` under ``spec``; returns the statement.
+
+    Only the model's ``num_scales`` coarsest scales are ever computed from the images. Writes ``log.csv`` (whose losses
+    are NOT private), ``ledger.jsonl``, ``checkpoint/``, ``model/`` (the averaged weights), ``privacy.json`` and
+    ``privacy.txt`` in ``folder``. An interrupted run continues from its checkpoint; steps that were charged and
+    not kept stay charged.
+    """
+    device = model.class_embedding.weight.device
+    tokens, labels = tokenize(tokenizer, dataset, model.config.num_scales), dataset.labels
+    freeze_all_but(model, config.trainable)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
+    average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    from tqdm import tqdm
+
+    with PrivacyLedger(folder / "ledger.jsonl", spec) as ledger:
+        released = load_private_checkpoint(folder / "checkpoint", model, optimizer, average, ledger)
+        start = ledger.charged
+        sampler = PoissonSampler.for_spec(spec, len(dataset), steps=ledger.remaining)
+        log = CsvLog(folder / "log.csv", ("step", "loss_not_private"), resume_before=start)
+        bar = tqdm(
+            total=spec.steps,
+            initial=start,
+            desc="finetune",
+            unit="step",
+            disable=not progress,
+            dynamic_ncols=True,
+        )
+        model.train()
+        try:
+            with (
+                bar,
+                PrivateOptimizer(model, optimizer, spec, ledger=ledger) as private,
+                DeferredInterrupt() as interrupt,
+            ):
+                for step, indices in enumerate(sampler, start=start):
+                    total = 0.0
+                    for chunk in physical_batches(indices, config.physical_batch_size):
+                        losses = model.loss(tokens[chunk].to(device), labels[chunk].to(device))
+                        private.backward(losses, records=chunk)
+                        total += float(losses.detach().sum())
+                    private.step()
+                    released += 1
+                    update_average(average, model, config.ema_decay, released)
+                    log.append(step=step, loss_not_private=total / max(len(indices), 1))
+                    bar.update()
+                    last = step + 1 == spec.steps or interrupt.requested
+                    if released % config.save_every == 0 or last:
+                        save_private_checkpoint(folder / "checkpoint", model, optimizer, average, released, ledger)
+                    if interrupt.requested:
+                        break
+                statement = PrivacyStatement.from_run(private, sampler)
+        finally:
+            model.eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in average:
+                parameter.copy_(average[name])
+    save_model(model, folder / "model")
+    write_statement(statement, folder)
+    return statement
+
+
+def write_statement(statement: PrivacyStatement, folder: Path) -> None:
+    """``privacy.json`` for programs and ``privacy.txt`` for people."""
+    write_bytes(folder / "privacy.json", (statement.to_json() + "\n").encode())
+    write_bytes(folder / "privacy.txt", statement.to_text().encode())
+
+
+def freeze_all_but(model: torch.nn.Module, pattern: str) -> None:
+    """Trains the parameters whose name matches ``pattern`` from its start, and freezes the others."""
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"trainable={pattern!r} is not a regular expression: {error}") from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted.match(name) is not None)
+    if not any(p.requires_grad for p in model.parameters()):
+        names = ", ".join(name for name, _ in list(model.named_parameters())[:4])
+        raise ValueError(f"trainable={pattern!r} matches no parameter; names look like {names}")
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], model: torch.nn.Module, decay: float, count: int) -> None:
+    """Exponential moving average of released weights, post-processing; ``count`` steps in, the first weigh fairly."""
+    weight = 1.0 - min(decay, count / (count + 10))
+    for name, parameter in model.named_parameters():
+        if name in average:
+            average[name].lerp_(parameter.detach(), weight)
+
+
+def save_private_checkpoint(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    released: int,
+    ledger: PrivacyLedger,
+) -> None:
+    """Weights, their average, and Adam's moments: all of it post-processing of released steps, none of it secret."""
+    scalars, states = optimizer_tensors(optimizer)
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in average.items()}
+    tensors |= {f"optimizer.{k}": v for k, v in states.items()}
+    save_folder(folder, {"released": released, "ledger_head": ledger.head, "optimizer": scalars}, tensors)
+
+
+def load_private_checkpoint(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    ledger: PrivacyLedger,
+) -> int:
+    """Restores `save_private_checkpoint`; returns how many released steps the weights hold, 0 without a checkpoint.
+
+    Raises ValueError when the checkpoint's spending is not in ``ledger``: it belongs to another run, or the ledger was
+    replaced by an older one.
+    """
+    if not (folder / "config.json").exists():
+        return 0
+    config, tensors = load_folder(folder)
+    try:
+        if not ledger.contains(config["ledger_head"]):
+            raise ValueError(f"its spending is not in {ledger.path}")
+        model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        restored = {k[8:]: v for k, v in tensors.items() if k.startswith("average.")}
+        if restored.keys() != average.keys():
+            raise ValueError("it trained other parameters")
+        for name, value in restored.items():
+            average[name].copy_(value)
+        states = {k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")}
+        restore_optimizer(optimizer, config["optimizer"], states)
+        return int(config["released"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the checkpoint in {folder} does not fit this run: {error}") from error

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public stage: train the tokenizer, then the autoregressive model on its tokens. Public images only."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wavedp.data import ImageDataset, to_unit_range
+from wavedp.models import (
+    AutoregressiveConfig,
+    AutoregressiveTransformer,
+    SpectralTokenizer,
+    SpectralTokenizerConfig,
+)
+from wavedp.models import save_model as save
+from wavedp.training.loop import Losses, TrainingConfig, fit
+
+
+def train_tokenizer(
+    dataset: ImageDataset,
+    config: SpectralTokenizerConfig,
+    training: TrainingConfig,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> SpectralTokenizer:
+    """Trains a spectral tokenizer on public images and writes it to ``folder``/model.
+
+    The normalisation constants come from up to 2,000 of these images. Every step trains the full resolution and, on
+    the same batch, nothing else: with scale-causal masks a prefix decodes to the same coefficients as the whole.
+    """
+    _need_images(dataset, "the tokenizer")
+    torch.manual_seed(training.seed)
+    model = SpectralTokenizer(config).to(device)
+    sample = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(training.seed))[:2000]
+    model.fit_normalisation(to_unit_range(dataset.stack(sample)).to(device))
+
+    def losses(generator: torch.Generator) -> Losses:
+        picks = torch.randint(len(dataset), (training.batch_size,), generator=generator)
+        output = model(to_unit_range(dataset.stack(picks)).to(device))
+        return {
+            "loss": output.loss,
+            "reconstruction": output.reconstruction_loss,
+            "codebook": output.codebook_loss,
+        }
+
+    fit(model, losses, training, folder, title="tokenizer", progress=progress)
+    save(model, folder / "model")
+    return model
+
+
+def autoregressive_config(
+    tokenizer: SpectralTokenizer, *, num_classes: int, num_scales: int, width: int, depth: int, heads: int
+) -> AutoregressiveConfig:
+    """Sizes that fit a tokenizer's codebooks and grid."""
+    return AutoregressiveConfig(
+        num_classes=num_classes,
+        tokens_per_scale=tokenizer.layout.tokens_per_scale,
+        num_scales=num_scales,
+        approximation_codes=tokenizer.config.approximation_codes,
+        detail_codes=tokenizer.config.detail_codes,
+        width=width,
+        depth=depth,
+        heads=heads,
+    )
+
+
+@torch.no_grad()
+def tokenize(tokenizer: SpectralTokenizer, dataset: ImageDataset, num_scales: int, *, batch_size: int = 256) -> Tensor:
+    """Tokens [N, num_scales * tokens_per_scale] of every image, read from its coarse image alone.
+
+    The image is reduced to the ``num_scales`` coarsest scales before the tokenizer sees it; each record's tokens depend
+    on that record only.
+    """
+    from wavedp.functional import coarse
+
+    layout = tokenizer.layout
+    skipped = layout.num_scales - num_scales  # levels whose details are never computed
+    device = tokenizer.coefficient_mean.device
+    tokens = []
+    for indices in torch.arange(len(dataset)).split(batch_size):
+        images = to_unit_range(dataset.stack(indices)).to(device)
+        if skipped:
+            images = coarse(images, skipped) * 0.5**skipped
+        tokens.append(tokenizer.encode(images).cpu())
+    return torch.cat(tokens) if tokens else torch.empty(0, num_scales * layout.tokens_per_scale, dtype=torch.int64)
+
+
+def pretrain_autoregressive(
+    dataset: ImageDataset,
+    tokenizer: SpectralTokenizer,
+    config: AutoregressiveConfig,
+    training: TrainingConfig,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> AutoregressiveTransformer:
+    """Trains the autoregressive model on the tokens of public images and writes it to ``folder``/model."""
+    _need_images(dataset, "the autoregressive model")
+    tokens = tokenize(tokenizer, dataset, config.num_scales)
+    labels = dataset.labels
+    torch.manual_seed(training.seed)
+    model = AutoregressiveTransformer(config).to(device)
+
+    def losses(generator: torch.Generator) -> Losses:
+        picks = torch.randint(len(tokens), (training.batch_size,), generator=generator)
+        return {"loss": model.loss(tokens[picks].to(device), labels[picks].to(device)).mean()}
+
+    fit(model, losses, training, folder, title="pretrain", progress=progress)
+    save(model, folder / "model")
+    return model
+
+
+def _need_images(dataset: ImageDataset, what: str) -> None:
+    if len(dataset) == 0:
+        raise ValueError(f"{what} needs at least one image, and {dataset.name} has none")
