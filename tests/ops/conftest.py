@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -15,7 +15,7 @@ import torch
 from wavedp.ops import use_backend
 
 
-def fresh_kernels(name: str, interpreted: bool) -> ModuleType:
+def load_fresh_kernels(name: str, interpreted: bool) -> ModuleType:
     """A new copy of ``wavedp.kernels.<name>``, its kernels interpreted or compiled whatever the environment.
 
     Triton decides when a kernel is defined. Triton itself is imported before, else its own library would stay
@@ -40,9 +40,7 @@ class Target:
     interpreted: bool = False
 
     def __str__(self) -> str:
-        return "-".join(
-            filter(None, (self.backend, self.isa or self.device, "interpreted" * self.interpreted))
-        )
+        return "-".join(filter(None, (self.backend, self.isa or self.device, "interpreted" * self.interpreted)))
 
     def rounds_to_nearest(self, dtype: torch.dtype) -> bool:
         # Triton's interpreter cuts float32 off to bfloat16; compiled code rounds to nearest even.
@@ -55,16 +53,18 @@ TARGETS = [
     Target("native", isa="avx2"),
     Target("native", isa="avx512"),
     Target("triton", interpreted=True),
-    *(
-        pytest.param(Target(backend, "cuda"), marks=pytest.mark.cuda)
-        for backend in ("reference", "triton", "cuda")
-    ),
+    *(pytest.param(Target(backend, "cuda"), marks=pytest.mark.cuda) for backend in ("reference", "triton", "cuda")),
 ]
 
 
 @pytest.fixture(scope="session")
+def fresh_kernels() -> Callable[..., ModuleType]:
+    return load_fresh_kernels
+
+
+@pytest.fixture(scope="session")
 def interpreted_wavelet_kernels() -> ModuleType:
-    return fresh_kernels("wavelet", interpreted=True)
+    return load_fresh_kernels("wavelet", interpreted=True)
 
 
 @pytest.fixture(params=TARGETS, ids=str)

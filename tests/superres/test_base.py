@@ -24,9 +24,7 @@ class Recorder(BatchedSuperResolver):
     def load(cls, **options: Any) -> Self:
         return cls(**options)
 
-    def _upscale(
-        self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]
-    ) -> Tensor:
+    def _upscale(self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]) -> Tensor:
         self.seen.append(images)
         return self.answer(images)
 

@@ -99,9 +99,7 @@ def test_several_models_are_used_once_each_and_only_while_something_is_left() ->
     assert scales(to_size([two, four, two], 8, 128)) == [("espcn", 2), ("espcn", 4), ("espcn", 2)]
 
 
-def test_swin2sr_by_name_is_x4_then_x2(
-    monkeypatch: pytest.MonkeyPatch, swin2sr_folder: Callable[[int], Path]
-) -> None:
+def test_swin2sr_by_name_is_x4_then_x2(monkeypatch: pytest.MonkeyPatch, swin2sr_folder: Callable[[int], Path]) -> None:
     monkeypatch.setattr("wavedp.superres.swin2sr.DEFAULT_PATHS", {s: str(swin2sr_folder(s)) for s in (4, 2)})
     resolver = to_size("swin2sr", 8, 64)
     assert scales(resolver) == [("swin2sr", 4), ("swin2sr", 2)]
@@ -139,9 +137,7 @@ def test_haar_then_the_rest() -> None:
     images = torch.rand(1, 1, 8, 8)
     with pytest.warns(UserWarning, match="factor 3/2"):
         resolver = to_size("haar", 8, 48)
-    expected = F.interpolate(repeat(images, 4), size=(48, 48), mode="bicubic", align_corners=False).clamp(
-        0, 1
-    )
+    expected = F.interpolate(repeat(images, 4), size=(48, 48), mode="bicubic", align_corners=False).clamp(0, 1)
     assert torch.equal(resolver(images), expected)
 
 

@@ -38,9 +38,7 @@ def resolver(
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 14), (1, 3)])
-def test_enlarges_any_size_by_exactly_four(
-    resolver: superres.BatchedSuperResolver, height: int, width: int
-) -> None:
+def test_enlarges_any_size_by_exactly_four(resolver: superres.BatchedSuperResolver, height: int, width: int) -> None:
     result = resolver(torch.rand(2, 3, height, width), generator=seeded())
     assert resolver.scale == 4
     assert result.shape == (2, 3, 4 * height, 4 * width)
@@ -137,9 +135,7 @@ def test_stable_diffusion_is_handed_0_to_1_in_a_size_it_does_not_change(
     assert calls[0]["num_inference_steps"] == 2
 
 
-def test_text_embeddings_of_the_call_replace_those_of_the_constructor(
-    sd_folder: Path, embeds: Embeds
-) -> None:
+def test_text_embeddings_of_the_call_replace_those_of_the_constructor(sd_folder: Path, embeds: Embeds) -> None:
     images, other = torch.rand(2, 3, 8, 8), embeds(2) * 3
     resolver = load_sd(sd_folder, embeds)
     first = resolver(images, generator=seeded())
@@ -219,7 +215,7 @@ def test_stable_diffusion_saves_its_text_and_options(sd_folder: Path, embeds: Em
 
 def test_refusals_of_stable_diffusion(sd_folder: Path, embeds: Embeds) -> None:
     images = torch.rand(2, 3, 8, 8)
-    with pytest.raises(ValueError, match=r"noise_level is in \[0, 299\], not 300"):
+    with pytest.raises(ValueError, match=r"noise_level is an integer in \[0, 299\], not 300"):
         load_sd(sd_folder, embeds, noise_level=300)
     with pytest.raises(ValueError, match="guidance_scale is at least 1"):
         load_sd(sd_folder, embeds, guidance_scale=0.5)

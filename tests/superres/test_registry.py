@@ -29,9 +29,7 @@ def test_names_and_descriptions() -> None:
 
 def test_describe_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(
-        "wavedp.superres.registry.find_spec", lambda name: None if name == "diffusers" else found(name)
-    )
+    monkeypatch.setattr("wavedp.superres.registry.find_spec", lambda name: None if name == "diffusers" else found(name))
     assert superres.describe("ldm-4x").endswith("[needs diffusers: pip install 'wavedp[sr]']")
     assert "pip" not in superres.describe("haar")
 

@@ -81,9 +81,7 @@ class Photographs:
     def __init__(self, channels: int = 3) -> None:
         generator = torch.Generator().manual_seed(0)
         sizes = ((18, 26), (21, 16), (40, 17))
-        self.images = [
-            torch.randint(256, (channels, h, w), generator=generator, dtype=torch.uint8) for h, w in sizes
-        ]
+        self.images = [torch.randint(256, (channels, h, w), generator=generator, dtype=torch.uint8) for h, w in sizes]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -126,9 +124,7 @@ def test_ctrl_c_leaves_a_usable_network_and_the_same_call_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: Callable[[], None]
 ) -> None:
     def train(out_dir: Path) -> Any:
-        return train_espcn(
-            shapes(32, 0), scale=2, steps=8, out_dir=out_dir, save_every=4, log_every=1, **SMALL
-        )
+        return train_espcn(shapes(32, 0), scale=2, steps=8, out_dir=out_dir, save_every=4, log_every=1, **SMALL)
 
     drawn = 0
     original = training.draw_patches
@@ -231,11 +227,7 @@ def test_bicubic_scores_its_published_psnr_on_set5(wavedp_data: Path) -> None:
     with zipfile.ZipFile(archive) as files:
         for number in range(1, 6):
             low, high = (
-                np.asarray(
-                    Image.open(files.open(f"Set5/image_SRF_2/img_{number:03}_SRF_2_{kind}.png")).convert(
-                        "RGB"
-                    )
-                )
+                np.asarray(Image.open(files.open(f"Set5/image_SRF_2/img_{number:03}_SRF_2_{kind}.png")).convert("RGB"))
                 / 255.0
                 for kind in ("LR", "HR")
             )

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from wavedp.data import ImageDataset, open_dataset
+from wavedp.data.catalog import Split
 from wavedp.training.loop import TrainingConfig
 
 Number = TypeVar("Number", int, float)
@@ -92,15 +93,14 @@ def add_data(parser: argparse.ArgumentParser, what: str, *, sizes: bool = True) 
 
 
 def open_data(
-    arguments: argparse.Namespace, *, image_size: int, channels: int, split: str | None = None
+    arguments: argparse.Namespace, *, image_size: int, channels: int, split: Split | None = None
 ) -> ImageDataset:
     """Opens ``--data``; says how many files were skipped, if any were."""
-    chosen: Split = split or arguments.split
     dataset = open_dataset(
         arguments.data,
         image_size=image_size,
         channels=channels,
-        split=chosen,
+        split=arguments.split if split is None else split,
         fit=arguments.fit,
         skip_bad=arguments.skip_bad,
         classes=class_names(arguments.classes),

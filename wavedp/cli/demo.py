@@ -39,6 +39,11 @@ from wavedp.training.superres import train_espcn
 
 NATIVE_SIDE = 8  # pixels of a scan; accuracies are taken at this resolution
 
+TUNED = (
+    "Not met here: the demo's settings (learning rate, steps, sample rate, clip) were chosen by the developers while "
+    "looking at accuracy on these same public digits, and that choice is not charged."
+)
+
 
 @dataclass(frozen=True)
 class DemoSizes:
@@ -148,7 +153,9 @@ def run(arguments: argparse.Namespace) -> None:
         delta=sizes.delta,
         dataset_size_bound=sizes.max_records,
     )
-    statement = finetune_private(private, tokenizer, model, spec, sizes.finetuning, stage.path, progress=progress)
+    statement = finetune_private(
+        private, tokenizer, model, spec, sizes.finetuning, stage.path, assumptions=[TUNED], progress=progress
+    )
     show_samples(tokenizer, model, public.classes, stage, seed=arguments.seed)
     after = sample(tokenizer, model, resolver, public.classes, sizes, arguments.seed)
 

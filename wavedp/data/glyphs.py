@@ -43,7 +43,7 @@ def render_glyphs(
     Args:
         num_images: N.
         image_size: side in pixels, 8 or more.
-        seed: the same seed, arguments and torch version give the same images.
+        seed: the same seed (its low 32 bits), arguments and torch version give the same images.
         classes: one class per character, ASCII letters and digits.
         channels: 1, or 3 for the same value three times.
 

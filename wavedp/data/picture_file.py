@@ -9,7 +9,10 @@ others (EPS starts Ghostscript), which are not images here.
 from __future__ import annotations
 
 import io
+import math
+import threading
 import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -23,6 +26,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 MAX_FILE_BYTES = 2**26
 MAX_PIXELS = 2**26
 MAX_SIDE = 2**15
+_LARGE = 2**24
+_ONE_LARGE_AT_A_TIME = threading.Lock()  # bounds the memory of threads that decode side by side
 
 
 class BadImageError(ValueError):
@@ -68,11 +73,14 @@ def decode_picture(
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
                 _check_header(picture, file)
-                picture.load()
-                upright = ImageOps.exif_transpose(picture)
-                return fit_picture(upright, image_size, channels, fit=fit, background=background)
+                with _ONE_LARGE_AT_A_TIME if math.prod(picture.size) > _LARGE else nullcontext():
+                    picture.load()
+                    upright = ImageOps.exif_transpose(picture)
+                    return fit_picture(upright, image_size, channels, fit=fit, background=background)
         except BadImageError:
             raise
+        except Image.DecompressionBombError as error:
+            raise BadImageError(file, f"the header claims too many pixels ({error})") from error
         except UnidentifiedImageError:
             raise BadImageError(file, f"not a readable image (accepted: {', '.join(FORMATS)})") from None
         except Exception as error:

@@ -64,7 +64,7 @@ def open_dataset(
         return load_digits_dataset(image_size, channels, split=split, fit=fit, background=background)
     if source == "glyphs":
         characters = DIGITS if classes is None else "".join(classes)
-        chosen_seed = seed + 2**32 if split == "test" else seed
+        chosen_seed = seed ^ 2**31 if split == "test" else seed  # torch uses the low 32 bits
         return render_glyphs(num_images, image_size, seed=chosen_seed, classes=characters, channels=channels)
 
     path = Path(source)

@@ -90,10 +90,10 @@ class OuterProducts:
         return torch.cat(parts) if parts else share.new_zeros(0)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        weights = factors.to(self._dtype)[:, None, None]
+        weights = factors.to(torch.promote_types(self._dtype, factors.dtype))[:, None, None]
         zero = weights.new_zeros(())
-        g = torch.where(weights > 0, self._g.to(self._dtype) * weights, zero)
-        a = torch.where(weights > 0, self._a.to(self._dtype), zero)
+        g = torch.where(weights > 0, self._g * weights, zero)
+        a = torch.where(weights > 0, self._a.to(weights.dtype), zero)
         return (g.flatten(0, 1).mT @ a.flatten(0, 1)).to(factors.dtype)
 
 

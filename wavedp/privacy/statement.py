@@ -100,7 +100,7 @@ class PrivacyStatement:
         if not math.isfinite(upper) or spent is None:
             raise RuntimeError(f"epsilon is {upper}: this run has no privacy guarantee to state")
         return cls(
-            mechanism="DP-SGD: sum of flatly clipped per-record gradients of Poisson samples, plus Gaussian noise",
+            mechanism="DP-SGD: sum of flatly clipped per-record gradients of a Poisson sample, plus noise",
             unit=spec.unit,
             neighboring_relation=spec.neighboring_relation,
             epsilon=upper,

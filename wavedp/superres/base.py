@@ -55,9 +55,7 @@ class SuperResolver(ABC):
         """What `save_pretrained` writes: (JSON-able configuration, tensors)."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes ``config.json`` and ``model.safetensors``; `wavedp.superres.from_pretrained` reads them
-        back.
-        """
+        """Writes ``config.json`` and ``model.safetensors``, for `wavedp.superres.from_pretrained`."""
         config, tensors = self.state()
         header = {"format": FORMAT, "name": self.name, "scale": self.scale}
         storage.save_folder(Path(folder), {**header, **config}, tensors)
@@ -67,9 +65,7 @@ class SuperResolver(ABC):
 
 
 class BatchedSuperResolver(SuperResolver):
-    """A `SuperResolver` around one model; a subclass defines `_upscale` and says below what the model
-    accepts.
-    """
+    """A `SuperResolver` around one model: a subclass defines `_upscale` and what the model accepts."""
 
     channels: int | None = None  # what the model takes: 1, 3, or None for either
     size_multiple: int = 1  # height and width the model takes are multiples of this
@@ -143,9 +139,7 @@ class BatchedSuperResolver(SuperResolver):
                 result[rows] = self._upscale_any(images[rows], generators[rows], batch_condition)
         return result
 
-    def _upscale_any(
-        self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]
-    ) -> Tensor:
+    def _upscale_any(self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]) -> Tensor:
         count, channels, height, width = images.shape
         x = images.to(self.device, torch.float32).clamp(0, 1)
         if self.channels == 3 and channels == 1:
@@ -156,13 +150,9 @@ class BatchedSuperResolver(SuperResolver):
         y = self._upscale(x.to(self.dtype), generators, condition).float()
         expected = (*x.shape[:2], x.shape[2] * self.scale, x.shape[3] * self.scale)
         if tuple(y.shape) != expected:
-            raise RuntimeError(
-                f"{self.name} made {tuple(y.shape)} of {tuple(x.shape)}; x{self.scale} is {expected}"
-            )
+            raise RuntimeError(f"{self.name} made {tuple(y.shape)} of {tuple(x.shape)}; x{self.scale} is {expected}")
         if not bool(torch.isfinite(y).all()):
-            raise RuntimeError(
-                f"{self.name} made NaN or infinite values in {self.dtype}; try dtype=torch.float32"
-            )
+            raise RuntimeError(f"{self.name} made NaN or infinite values in {self.dtype}; try dtype=torch.float32")
         y = y[:, :, : height * self.scale, : width * self.scale].clamp(0, 1)
         if self.channels == 3 and channels == 1:
             y = y.mean(1, keepdim=True)
@@ -179,9 +169,7 @@ def check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor):
         raise TypeError(f"images are a torch.Tensor, not {type(images).__name__}")
     if not images.is_floating_point():
-        raise ValueError(
-            f"images are floating point in [0, 1], not {images.dtype}; divide bytes by 255 first"
-        )
+        raise ValueError(f"images are floating point in [0, 1], not {images.dtype}; divide bytes by 255 first")
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
         raise ValueError(f"images are [B, C, h, w] with C = 1 or 3 and h, w >= 1, not {list(images.shape)}")
     if images.numel() == 0:
@@ -190,9 +178,7 @@ def check_images(images: Tensor) -> None:
         raise ValueError("images hold NaN or infinite values")
     low, high = images.min().item(), images.max().item()
     if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        raise ValueError(
-            f"images are in [0, 1], but these span [{low:.4g}, {high:.4g}]; rescale or clamp them first"
-        )
+        raise ValueError(f"images are in [0, 1], but these span [{low:.4g}, {high:.4g}]; rescale or clamp them first")
 
 
 def check_positive(what: str, value: int) -> int:
@@ -211,9 +197,7 @@ def check_scale(name: str, wanted: int | None, actual: int) -> int:
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Pads ``[B, C, h, w]`` at the bottom and right to multiples: by reflection, or by the edge when too
-    small for it.
-    """
+    """Pads ``[B, C, h, w]`` at the bottom and right, by reflection or, where that is too small, the edge."""
     height, width = images.shape[2:]
     bottom, right = -height % multiple, -width % multiple
     if not bottom and not right:
@@ -223,8 +207,9 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 
 
 def generators_per_image(count: int, generator: torch.Generator | None) -> list[torch.Generator]:
-    """One CPU generator per image, seeded from ``generator``: an image's noise depends neither on batching
-    nor device.
+    """One generator per image, seeded from ``generator``.
+
+    They are CPU generators, so that an image's noise depends neither on the batching nor on the device.
     """
     device = generator.device if generator is not None else torch.device("cpu")
     seeds = torch.randint(2**63 - 1, (count,), generator=generator, device=device)

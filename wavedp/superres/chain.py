@@ -36,9 +36,7 @@ class Chain(SuperResolver):
         built.
         """
         if options:
-            raise TypeError(
-                f"a chain takes no option {', '.join(sorted(options))} when called; set it on the stage"
-            )
+            raise TypeError(f"a chain takes no option {', '.join(sorted(options))} when called; set it on the stage")
         check_images(images)
         result = images.float().clamp(0, 1)
         for stage in self.stages:
@@ -91,9 +89,7 @@ class Resized(SuperResolver):
             raise ValueError(
                 f"made for images of {self.from_size}, not {tuple(images.shape[2:])}; call to_size for these"
             )
-        result = self.resolver(
-            images, generator=generator, batch_size=batch_size, progress=progress, **options
-        )
+        result = self.resolver(images, generator=generator, batch_size=batch_size, progress=progress, **options)
         return resize(result, self.to_size)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:

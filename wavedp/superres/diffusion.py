@@ -6,7 +6,8 @@ call, so the same call gives the same images whatever the batch size.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,6 +65,7 @@ class DiffusersUpscaler(BatchedSuperResolver):
             components = {key: options[key] for key in ("revision", "variant") if options.get(key)}
             components |= dict.fromkeys(cls._absent_components(path, options))
             if dtype is not None:
+                # diffusers 0.40 renamed the argument
                 renamed = [int(part) for part in diffusers.__version__.split(".")[:2]] >= [0, 40]
                 components["dtype" if renamed else "torch_dtype"] = dtype
             loader = getattr(diffusers, cls.pipeline_class).from_pretrained
@@ -129,12 +131,11 @@ class StableDiffusionUpscaler(DiffusersUpscaler):
         )
         # the pipeline silently shrinks an image to multiples of the scale
         self.size_multiple = max(self.size_multiple, scale)
-        levels = pipeline.unet.config.num_class_embeds
-        highest = min(
-            pipeline.config.max_noise_level, levels - 1 if levels else pipeline.config.max_noise_level
-        )
-        if not 0 <= noise_level <= highest:
-            raise ValueError(f"noise_level is in [0, {highest}], not {noise_level}")
+        highest = pipeline.config.max_noise_level
+        if pipeline.unet.config.num_class_embeds:  # the UNet embeds the level as a class
+            highest = min(highest, pipeline.unet.config.num_class_embeds - 1)
+        if not isinstance(noise_level, int) or not 0 <= noise_level <= highest:
+            raise ValueError(f"noise_level is an integer in [0, {highest}], not {noise_level!r}")
         if not guidance_scale >= 1:
             raise ValueError(f"guidance_scale is at least 1 (no guidance), not {guidance_scale}")
         self.noise_level, self.guidance_scale = noise_level, float(guidance_scale)
@@ -198,9 +199,7 @@ class StableDiffusionUpscaler(DiffusersUpscaler):
             return {}
         prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
         if len(prompts) != count:
-            raise ValueError(
-                f"{len(prompts)} entries of {role} for {count} images; give one string or one per image"
-            )
+            raise ValueError(f"{len(prompts)} entries of {role} for {count} images; give one string or one per image")
         return {role: self._encodable(prompts)}
 
     def _encodable(self, prompts: list[str]) -> list[str]:
@@ -211,21 +210,17 @@ class StableDiffusionUpscaler(DiffusersUpscaler):
             )
         return prompts
 
-    def _upscale(
-        self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]
-    ) -> Tensor:
-        # with equal text on both sides the guided prediction is the unguided one, at twice the work
-        unguided = condition.get("prompt") is not None and condition["prompt"] == condition.get(
-            "negative_prompt"
-        )
-        if unguided:
-            condition = {"prompt": condition["prompt"]}
+    def _upscale(self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]) -> Tensor:
+        guidance_scale, prompt = self.guidance_scale, condition.get("prompt")
+        if prompt is not None and prompt == condition.get("negative_prompt"):
+            # guided by its own text a prediction stays what it is, at twice the work
+            guidance_scale, condition = 1.0, {"prompt": prompt}
         result: Tensor = self.pipeline(
             image=images,
             generator=generators,
             noise_level=self.noise_level,
             num_inference_steps=self.num_inference_steps,
-            guidance_scale=1.0 if unguided else self.guidance_scale,
+            guidance_scale=guidance_scale,
             output_type="pt",
             **condition,
         ).images
@@ -240,17 +235,13 @@ class StableDiffusionUpscaler(DiffusersUpscaler):
 
 
 class LatentDiffusionUpscaler(DiffusersUpscaler):
-    """``LDMSuperResolutionPipeline``: x4, no text. The model works on [-1, 1]; this adapter takes and gives
-    [0, 1].
-    """
+    """``LDMSuperResolutionPipeline``: x4, no text; the pipeline itself takes images in [-1, 1]."""
 
     name = "ldm-4x"
     pipeline_class = "LDMSuperResolutionPipeline"
     default_path = "CompVis/ldm-super-resolution-4x-openimages"
 
-    def __init__(
-        self, pipeline: Any, *, num_inference_steps: int = 100, batch_size: int = 4, **source: Any
-    ) -> None:
+    def __init__(self, pipeline: Any, *, num_inference_steps: int = 100, batch_size: int = 4, **source: Any) -> None:
         scale = 2 ** (len(pipeline.vqvae.config.block_out_channels) - 1)
         super().__init__(
             pipeline, scale=scale, num_inference_steps=num_inference_steps, batch_size=batch_size, **source
@@ -260,13 +251,9 @@ class LatentDiffusionUpscaler(DiffusersUpscaler):
     def _absent_components(cls, path: str, options: dict[str, Any]) -> list[str]:
         return []
 
-    def _upscale(
-        self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]
-    ) -> Tensor:
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(cuda):
-            # the pipeline's generator makes the first noise only; a stochastic scheduler draws from torch's
-            torch.manual_seed(generators[0].initial_seed())
+    def _upscale(self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]) -> Tensor:
+        # the pipeline's generator makes the first noise only; a stochastic scheduler draws from torch's own
+        with seeded_globally(generators[0].initial_seed(), self.device):
             result: Tensor = self.pipeline(
                 image=images * 2 - 1,
                 generator=generators,
@@ -274,3 +261,15 @@ class LatentDiffusionUpscaler(DiffusersUpscaler):
                 output_type="pt",
             ).images
         return result
+
+
+@contextmanager
+def seeded_globally(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds torch's own generators of the CPU and of ``device``, and puts them back afterwards."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -25,9 +25,7 @@ SCALES = (2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class EspcnConfig:
-    """Shape of an `Espcn`. Widths follow the paper: ``width`` maps after the first layer, half as many after
-    the others.
-    """
+    """Shape of an `Espcn`; as in the paper, the layers after the first have half its width."""
 
     scale: int = 4  # 2, 3, 4 or 8
     channels: int = 3  # 1 or 3
@@ -116,9 +114,7 @@ class EspcnResolver(BatchedSuperResolver):
         check_scale(cls.name, scale, pipeline.config.scale)
         return cls(pipeline, device=device, dtype=dtype, **options)
 
-    def _upscale(
-        self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]
-    ) -> Tensor:
+    def _upscale(self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]) -> Tensor:
         result: Tensor = self.model(images)
         return result
 

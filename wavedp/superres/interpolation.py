@@ -28,9 +28,7 @@ class Bicubic(BatchedSuperResolver):
     def load(cls, *, scale: int | None, path: str | None, **options: Any) -> Self:
         return cls(_weightless(cls.name, scale, path), **options)
 
-    def _upscale(
-        self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]
-    ) -> Tensor:
+    def _upscale(self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]) -> Tensor:
         return F.interpolate(images, scale_factor=float(self.scale), mode="bicubic", align_corners=False)
 
     def state(self) -> State:
@@ -56,9 +54,7 @@ class Haar(BatchedSuperResolver):
     def load(cls, *, scale: int | None, path: str | None, **options: Any) -> Self:
         return cls(_weightless(cls.name, scale, path), **options)
 
-    def _upscale(
-        self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]
-    ) -> Tensor:
+    def _upscale(self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]) -> Tensor:
         return waverec2([images * self.scale, *[(None, None, None)] * self.level])
 
     def state(self) -> State:

@@ -106,10 +106,10 @@ def load(
         config, tensors = saved
         if config.get("name") != name:
             raise ValueError(f"{path} holds {config.get('name')!r}, not {name!r}")
-        options = {**config["options"], **options}
+        options = {**config.get("options", {}), **options}
         if name != "espcn":
             path, options = config.get("path"), {**tensors, **options}
-            scale = config["scale"] if scale is None else scale
+            scale = config.get("scale") if scale is None else scale
     path = None if path is None else str(path)
     return adapter.load_class().load(scale=scale, path=path, device=device, dtype=dtype, **options)
 
@@ -121,8 +121,7 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> SuperResolver:
-    """What ``save_pretrained`` wrote, chains included; ``options`` replace the saved ones of a single
-    adapter.
+    """What ``save_pretrained`` wrote, chains included. ``options`` replace the saved ones of an adapter.
 
     Raises FileNotFoundError when ``folder`` holds none, ValueError when it is damaged or something else.
     """
@@ -134,15 +133,15 @@ def from_pretrained(
     if name in ADAPTERS:
         return load(name, path=folder, device=device, dtype=dtype, **options)
     if options:
-        raise ValueError(
-            f"{folder} holds a {name}, which takes no options; it was given {', '.join(sorted(options))}"
-        )
-    if name == Chain.name:
-        return Chain(
-            [from_pretrained(folder / str(i), device=device, dtype=dtype) for i in range(config["stages"])]
-        )
-    inner = from_pretrained(folder / "resolver", device=device, dtype=dtype)
-    return Resized(inner, tuple(config["from_size"]), tuple(config["to_size"]))
+        raise ValueError(f"{folder} holds a {name}, which takes no options; it was given {', '.join(sorted(options))}")
+    try:
+        if name == Chain.name:
+            stages = [folder / str(i) for i in range(config["stages"])]
+            return Chain([from_pretrained(stage, device=device, dtype=dtype) for stage in stages])
+        sizes = tuple(config["from_size"]), tuple(config["to_size"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / storage.CONFIG_FILE} does not describe a {name}: {error}") from error
+    return Resized(from_pretrained(folder / "resolver", device=device, dtype=dtype), *sizes)
 
 
 def _adapter(name: str) -> Adapter:

@@ -61,11 +61,7 @@ def _pair(size: Size) -> tuple[int, int]:
 def _stages(spec: Stage | Sequence[Stage], factor: Fraction, options: dict[str, Any]) -> list[SuperResolver]:
     if factor == 1:
         return []
-    items: list[Stage]
-    if isinstance(spec, str):
-        items = [*spec.split("+")]
-    else:
-        items = [spec] if isinstance(spec, SuperResolver) else [*spec]
+    items = _items(spec)
     if not items:
         raise ValueError("name at least one super-resolver")
     if items == ["bicubic"] and factor.denominator != 1:
@@ -85,6 +81,12 @@ def _stages(spec: Stage | Sequence[Stage], factor: Fraction, options: dict[str, 
             if len(models) > 1:
                 break
     return stages or [models[0].at_most(factor)]
+
+
+def _items(spec: Stage | Sequence[Stage]) -> list[Stage]:
+    if isinstance(spec, str):
+        return [*spec.split("+")]
+    return [spec] if isinstance(spec, SuperResolver) else [*spec]
 
 
 class _Model:

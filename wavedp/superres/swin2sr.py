@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swin2SR (Conde et al. 2022, arXiv 2209.11345) through transformers: x2 or x4, deterministic, one forward
-pass.
-"""
+"""Swin2SR (Conde et al. 2022, arXiv 2209.11345) through transformers: x2 or x4, one deterministic pass."""
 
 from typing import Any
 
@@ -69,9 +67,7 @@ class Swin2sr(BatchedSuperResolver):
         check_scale(cls.name, scale, resolver.scale)
         return resolver
 
-    def _upscale(
-        self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]
-    ) -> Tensor:
+    def _upscale(self, images: Tensor, generators: list[torch.Generator], condition: dict[str, Any]) -> Tensor:
         result: Tensor = self.model(pixel_values=images).reconstruction
         return result
 

@@ -79,6 +79,7 @@ def fit(
 
     model.train()
     log: CsvLog | None = None
+    outside = torch.get_rng_state()
     bar = tqdm(total=config.steps, initial=start, desc=title, unit="step", disable=not progress, dynamic_ncols=True)
     try:
         with bar, DeferredInterrupt() as interrupt:
@@ -97,6 +98,7 @@ def fit(
                     break
     finally:
         model.eval()
+        torch.set_rng_state(outside)
 
 
 def train_step(

@@ -124,13 +124,10 @@ def _check_rows(rows: Sequence[Row], cell: int, column_labels: Sequence[str] | N
     for label, images in rows:
         if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
             raise ValueError(
-                f"row {label!r}: images must be float [n, 1 or 3, h, w], "
-                f"got {images.dtype} {list(images.shape)}"
+                f"row {label!r}: images must be float [n, 1 or 3, h, w], got {images.dtype} {list(images.shape)}"
             )
         if images.numel() and not -1e-3 <= float(images.min()) <= float(images.max()) <= 1 + 1e-3:
-            raise ValueError(
-                f"row {label!r}: images must lie in [0, 1], they span {images.min():g}..{images.max():g}"
-            )
+            raise ValueError(f"row {label!r}: images must lie in [0, 1], they span {images.min():g}..{images.max():g}")
     columns = max(len(images) for _, images in rows)
     if column_labels is not None and len(column_labels) > columns:
         raise ValueError(f"{len(column_labels)} column labels for {columns} columns")

@@ -2,6 +2,7 @@
 """The private stage: DP-Adam fine-tuning of the autoregressive model on coarse tokens. All of epsilon is spent here."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def finetune_private(
     config: PrivateTrainingConfig,
     folder: Path,
     *,
+    assumptions: Sequence[str] = (),
     progress: bool = True,
 ) -> PrivacyStatement:
     """Fine-tunes ``model`` in place on the coarse tokens of ``dataset`` under ``spec``; returns the statement.
@@ -68,6 +70,7 @@ def finetune_private(
     device = model.class_embedding.weight.device
     tokens, labels = tokenize(tokenizer, dataset, model.config.num_scales), dataset.labels
     freeze_all_but(model, config.trainable)
+    model.zero_grad(set_to_none=True)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
     average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -109,7 +112,7 @@ def finetune_private(
                         save_private_checkpoint(folder / "checkpoint", model, optimizer, average, released, ledger)
                     if interrupt.requested:
                         break
-                statement = PrivacyStatement.from_run(private, sampler)
+                statement = PrivacyStatement.from_run(private, sampler, assumptions=assumptions)
         finally:
             model.eval()
     with torch.no_grad():

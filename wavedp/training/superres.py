@@ -78,9 +78,7 @@ def train_espcn(
     if config.channels != channels:
         raise ValueError(f"config is for {config.channels} channels, but the images have {channels}")
     if not (input_noise_std >= 0 and input_blur_std >= 0):
-        raise ValueError(
-            f"input_noise_std and input_blur_std are >= 0, not {input_noise_std} and {input_blur_std}"
-        )
+        raise ValueError(f"input_noise_std and input_blur_std are >= 0, not {input_noise_std} and {input_blur_std}")
     patch = _patch_size(images, scale, patch_size)
     degrade(torch.zeros(1, channels, patch, patch), scale, degradation)
 
@@ -110,8 +108,10 @@ def train_espcn(
         folder = Path(out_dir or scratch)
         try:
             fit(model, batch_losses, plan, folder, title="espcn", progress=progress)
-        finally:
+        except KeyboardInterrupt:
             resolver.save_pretrained(folder / "espcn")
+            raise
+        resolver.save_pretrained(folder / "espcn")
         history = [
             TrainingRecord(int(row["step"]), float(row["loss"]), float(row["psnr"]))
             for row in read_log(folder / "log.csv")
@@ -120,18 +120,14 @@ def train_espcn(
 
 
 def degrade(images: Tensor, scale: int, degradation: str) -> Tensor:
-    """``[B, C, H, W]`` to ``[B, C, H / scale, W / scale]`` in [0, 1]; see `train_espcn`. H, W are multiples
-    of scale.
-    """
+    """``[B, C, H, W]`` to ``[B, C, H / scale, W / scale]`` in [0, 1]; `train_espcn` says how."""
     if images.shape[2] % scale or images.shape[3] % scale:
         raise ValueError(f"images of {tuple(images.shape[2:])} do not divide by the scale {scale}")
     if degradation == "haar":
         level = scale.bit_length() - 1
         if scale != 1 << level:
-            raise ValueError(
-                f"degradation 'haar' needs a scale that is a power of two, not {scale}; take 'bicubic'"
-            )
-        return coarse(images, level) / scale
+            raise ValueError(f"degradation 'haar' needs a scale that is a power of two, not {scale}; take 'bicubic'")
+        return (coarse(images, level) / scale).clamp(0, 1)
     if degradation == "bicubic":
         size = (images.shape[2] // scale, images.shape[3] // scale)
         return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)

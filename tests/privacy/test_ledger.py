@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger charges what was started: through kill -9, torn lines, damage, forks and full disks."""
+
+import errno
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from wavedp.privacy import LedgerError, PrivacyLedger, PrivacySpec, PrivateOptimizer
+
+MakeSpec = Callable[..., PrivacySpec]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "privacy.jsonl"
+
+
+@pytest.fixture
+def filled(path: Path, spec: MakeSpec) -> Path:
+    with PrivacyLedger(path, spec(steps=100)) as ledger:
+        for steps in (10, 5, 20):
+            ledger.reserve(steps)
+    return path
+
+
+def test_charges_survive_reopening(filled: Path, spec: MakeSpec) -> None:
+    with PrivacyLedger(filled, spec(steps=100)) as ledger:
+        assert (ledger.charged, ledger.remaining) == (35, 65)
+        ledger.reserve(65)
+        with pytest.raises(RuntimeError, match="0 of 100 left"):
+            ledger.reserve(1)
+    with PrivacyLedger(filled, spec(steps=100)) as ledger:
+        assert ledger.remaining == 0
+
+
+def test_over_reservation_charges_nothing(filled: Path, spec: MakeSpec) -> None:
+    with PrivacyLedger(filled, spec(steps=100)) as ledger:
+        size = filled.stat().st_size
+        with pytest.raises(RuntimeError, match="exhausted"):
+            ledger.reserve(66)
+        assert (ledger.charged, filled.stat().st_size) == (35, size)
+        with pytest.raises(ValueError, match="steps"):
+            ledger.reserve(0)
+
+
+def test_file_is_private_and_chained(filled: Path) -> None:
+    assert filled.stat().st_mode & 0o777 == 0o600
+    lines = [json.loads(line) for line in filled.read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["create", "reserve", "reserve", "reserve"]
+    assert lines[0]["previous"] == "0" * 64
+    assert all(after["previous"] == before["digest"] for before, after in zip(lines, lines[1:]))
+
+
+def test_only_one_writer(filled: Path, spec: MakeSpec) -> None:
+    with PrivacyLedger(filled, spec(steps=100)), pytest.raises(LedgerError, match="in use"):
+        PrivacyLedger(filled, spec(steps=100))
+    PrivacyLedger(filled, spec(steps=100)).close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"noise_multiplier": 0.9},
+        {"sample_rate": 0.2},
+        {"steps": 101},
+        {"max_grad_norm": 2.0},
+        {"delta": 2e-3},
+        {"dataset_size_bound": 200},
+        {"unit": "person"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_specification_is_refused(filled: Path, spec: MakeSpec, change: dict[str, object]) -> None:
+    with pytest.raises(LedgerError, match=next(iter(change))):
+        PrivacyLedger(filled, spec(**{"steps": 100, **change}))
+
+
+def test_the_denominator_may_change(filled: Path, spec: MakeSpec) -> None:
+    with PrivacyLedger(filled, spec(steps=100, expected_batch_size=16.0)) as ledger:
+        assert ledger.charged == 35
+
+
+def test_a_torn_last_line_is_cut_off_at_every_byte(filled: Path, spec: MakeSpec) -> None:
+    content = filled.read_bytes()
+    start = content[:-1].rfind(b"\n") + 1
+    for size in range(start, len(content)):
+        filled.write_bytes(content[:size])
+        with PrivacyLedger(filled, spec(steps=100)) as ledger:
+            assert ledger.charged == 15
+            if size % 40 == 0:
+                ledger.reserve(7)
+                assert ledger.charged == 22
+        assert filled.read_bytes().startswith(content[:start])
+
+
+def test_a_torn_header_starts_anew(path: Path, spec: MakeSpec) -> None:
+    path.write_bytes(b'{"digest": "12')
+    with PrivacyLedger(path, spec()) as ledger:
+        assert ledger.charged == 0
+        ledger.reserve(3)
+    with PrivacyLedger(path, spec()) as ledger:
+        assert ledger.charged == 3
+
+
+def test_any_changed_byte_is_found(filled: Path, spec: MakeSpec) -> None:
+    content = filled.read_bytes()
+    for position in range(len(content) - 1):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        filled.write_bytes(damaged)
+        with pytest.raises(LedgerError):
+            PrivacyLedger(filled, spec(steps=100))
+        assert filled.read_bytes() == bytes(damaged)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda lines: [lines[0], *lines[2:]],
+        lambda lines: lines[1:],
+        lambda lines: [lines[0], lines[2], lines[1], lines[3]],
+        lambda lines: [*lines, lines[-1]],
+        lambda lines: [lines[0], b"\n", *lines[1:]],
+        lambda lines: [*lines[:2], lines[2].replace(b'"steps": 5', b'"steps": 1'), lines[3]],
+        lambda lines: [*lines[:2], lines[2][:40] + b"\n", lines[3]],
+        lambda lines: [*lines, b"[]\n"],
+    ],
+    ids=["removed", "headless", "swapped", "repeated", "blank", "lowered", "torn inside", "alien"],
+)
+def test_damage_is_refused(filled: Path, spec: MakeSpec, edit: Callable[[list[bytes]], list[bytes]]) -> None:
+    filled.write_bytes(b"".join(edit(filled.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(LedgerError, match="line"):
+        PrivacyLedger(filled, spec(steps=100))
+
+
+def test_missing_folder(tmp_path: Path, spec: MakeSpec) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        PrivacyLedger(tmp_path / "nowhere" / "ledger", spec())
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync", "short write"])
+def test_a_full_disk_refuses_and_closes(
+    filled: Path, spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    real = os.write
+    with PrivacyLedger(filled, spec(steps=100)) as ledger:
+        with monkeypatch.context() as patch:
+            if failing == "short write":
+                patch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:20]))
+            else:
+                patch.setattr(os, failing, fail)
+            with pytest.raises(LedgerError):
+                ledger.reserve(1)
+        assert ledger.charged == 35
+        with pytest.raises(LedgerError, match="closed"):
+            ledger.reserve(1)
+    with PrivacyLedger(filled, spec(steps=100)) as ledger:
+        assert ledger.charged in (35, 36)  # a write whose fsync failed may have arrived; then it is charged
+
+
+def test_a_replaced_or_removed_file_is_noticed(filled: Path, spec: MakeSpec) -> None:
+    with PrivacyLedger(filled, spec(steps=100)) as ledger:
+        copy = filled.read_bytes()
+        filled.unlink()
+        with pytest.raises(LedgerError, match="removed"):
+            ledger.reserve(1)
+        filled.write_bytes(copy)
+        with pytest.raises(LedgerError, match="replaced"):
+            ledger.reserve(1)
+
+
+def test_a_forked_child_cannot_write(filled: Path, spec: MakeSpec) -> None:
+    with PrivacyLedger(filled, spec(steps=100)) as ledger:
+        child = os.fork()
+        if child == 0:
+            try:
+                ledger.reserve(1)
+            except LedgerError:
+                os._exit(17)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+        ledger.reserve(1)
+        assert ledger.charged == 36
+
+
+def test_heads(filled: Path, spec: MakeSpec) -> None:
+    with PrivacyLedger(filled, spec(steps=100)) as ledger:
+        before = ledger.head
+        ledger.reserve(1)
+        assert ledger.head != before
+        assert ledger.contains(before)
+        assert ledger.contains(ledger.head)
+        assert not ledger.contains("0" * 63 + "1")
+
+
+def killed_after(delay: float, work: Callable[[int], None]) -> int:
+    """Run ``work`` in a child, kill -9 it after ``delay`` seconds, and return how many bytes it released."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(reader)
+            work(writer)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    released = 0
+    while part := os.read(reader, 1 << 16):
+        released += len(part)
+    os.close(reader)
+    return released
+
+
+def test_kill_9_never_leaves_a_step_uncharged(path: Path, spec: MakeSpec) -> None:
+    made = spec(steps=10**8)
+    total = 0
+
+    def run(writer: int) -> None:
+        with PrivacyLedger(path, made) as ledger:
+            while True:
+                ledger.reserve(3)
+                for _ in range(3):
+                    os.write(writer, b".")
+
+    for point in range(12):
+        total += killed_after(0.02 + 0.007 * point, run)
+        with PrivacyLedger(path, made) as ledger:
+            assert ledger.charged >= total
+            assert ledger.charged - total <= 3 * (point + 1)
+    assert total > 0
+
+
+def test_kill_9_during_private_training(path: Path, spec: MakeSpec) -> None:
+    made = spec(steps=400)
+    total = 0
+
+    def run(writer: int) -> None:
+        torch.set_num_threads(1)
+        model = nn.Linear(3, 2)
+        with PrivacyLedger(path, made) as ledger:
+            private = PrivateOptimizer(model, torch.optim.SGD(model.parameters()), made, ledger=ledger)
+            while private.steps_left:
+                private.backward(model(torch.randn(4, 3)).sum(1))
+                private.step()
+                os.write(writer, b".")
+
+    for point in range(10):
+        total += killed_after(0.02 + 0.004 * point, run)
+    with PrivacyLedger(path, made) as ledger:
+        charged = ledger.charged
+        assert total <= charged <= total + 10 * 10
+    total += killed_after(10.0 if charged < 400 else 0.0, run)
+    assert total <= 400
+    with PrivacyLedger(path, made) as ledger:
+        assert ledger.charged == 400

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The law of the noise, its tail, its freshness, and the grid. Statistical thresholds are at 1e-7 or below."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from wavedp.privacy import Entropy, gaussian_noise, grid_step, round_to_grid
+from wavedp.privacy.noise import MAX_DEVIATION, normals_from_words
+
+DRAWS = 1_000_000
+SIGMAS = 5.4  # two-sided 6.7e-8
+WORD = 0xFFFFFFFF
+
+
+def words(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.uint32)
+
+
+def test_radius_keeps_64_bits() -> None:
+    """24-bit radii stop at 5.77 sigma, 32-bit ones at 6.66; here the low word goes on to 9.49."""
+    largest = np.abs(normals_from_words(words(0), words(0), words(0))).max()
+    assert largest == pytest.approx(9.4925, abs=1e-3)
+    assert largest <= MAX_DEVIATION
+    assert np.abs(normals_from_words(words(0), words(WORD), words(0))).max() == pytest.approx(6.6604, abs=1e-3)
+    assert np.abs(normals_from_words(words(1), words(0), words(0))).max() == pytest.approx(6.6604, abs=1e-3)
+    assert np.abs(normals_from_words(words(0), words(1 << 16), words(0))).max() > 8.0
+
+
+@pytest.mark.parametrize("high", [0, 1, 1 << 16, 1 << 31, WORD])
+@pytest.mark.parametrize("low", [0, 1, 1 << 31, WORD])
+def test_words_map_as_documented(high: int, low: int) -> None:
+    for angle in (0, 1 << 30, 1 << 31, WORD):
+        x, y = normals_from_words(words(high), words(low), words(angle))
+        minus_log = -math.log((2 * ((high << 32) + low) + 1) * 2.0**-65)
+        assert math.isfinite(x)
+        assert math.isfinite(y)
+        assert x * x + y * y == pytest.approx(2 * minus_log, rel=1e-9, abs=1e-15)
+        theta = 2 * math.pi * (angle + 0.5) / 2**32
+        assert x == pytest.approx(math.hypot(x, y) * math.cos(theta), rel=1e-9, abs=1e-9)
+
+
+def test_law() -> None:
+    x = gaussian_noise((DRAWS,), 3.0, dtype=torch.float64).numpy() / 3.0
+    assert abs(x.mean()) < SIGMAS / math.sqrt(DRAWS)
+    assert abs(x.var() - 1.0) < SIGMAS * math.sqrt(2.0 / DRAWS)
+    assert stats.kstest(x, "norm").pvalue > 1e-7
+    for threshold in (3.0, 4.0, 4.6):
+        expected = DRAWS * 2 * stats.norm.sf(threshold)
+        count = int((np.abs(x) > threshold).sum())
+        assert stats.poisson.ppf(1e-8, expected) <= count <= stats.poisson.isf(1e-8, expected), threshold
+
+
+def test_coordinates_are_uncorrelated() -> None:
+    x = gaussian_noise((DRAWS,), 1.0).double().numpy()
+    half = DRAWS // 2
+    for shift in (1, 2, 1 << 18, half):  # neighbours, and the two halves that cos and sin fill
+        correlation = np.mean(x[:-shift] * x[shift:])
+        assert abs(correlation) < SIGMAS / math.sqrt(DRAWS - shift), shift
+
+
+def test_never_the_same_twice() -> None:
+    draws = torch.cat([gaussian_noise((100_001,), 1.0, dtype=torch.float64) for _ in range(4)])
+    # 64 + 32 bits a pair: two equal values among 400,000 are a 1e-15 event, up to float64's own grid near 0.
+    assert torch.unique(draws).numel() > draws.numel() - 3
+
+
+def test_shapes_dtypes_and_zero() -> None:
+    assert gaussian_noise((), 1.0).shape == ()
+    assert gaussian_noise((3, 0, 2), 1.0).shape == (3, 0, 2)
+    assert gaussian_noise((5, 7), 1.0).dtype == torch.float32
+    assert gaussian_noise((2,), 1.0, dtype=torch.float64).dtype == torch.float64
+    assert torch.equal(gaussian_noise((4,), 0.0), torch.zeros(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_noise_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="float32 or float64"):
+        gaussian_noise((2,), 1.0, dtype=dtype)
+
+
+@pytest.mark.parametrize("std", [-1.0, math.nan, math.inf])
+def test_bad_std_is_refused(std: float) -> None:
+    with pytest.raises(ValueError, match="std"):
+        gaussian_noise((2,), std)
+
+
+def test_seeded_entropy_is_marked_and_separated() -> None:
+    first, again = Entropy(5, "noise"), Entropy(5, "noise")
+    assert first.insecure
+    assert not Entropy().insecure
+    a = gaussian_noise((64,), 1.0, entropy=first)
+    assert torch.equal(a, gaussian_noise((64,), 1.0, entropy=again))
+    assert not torch.equal(a, gaussian_noise((64,), 1.0, entropy=first))
+    assert not torch.equal(a, gaussian_noise((64,), 1.0, entropy=Entropy(5, "sampling")))
+    # torch's CPU generator keeps 32 bits of a seed; these seeds differ in bit 32.
+    assert not torch.equal(a, gaussian_noise((64,), 1.0, entropy=Entropy(5 + 2**32, "noise")))
+
+
+@pytest.mark.parametrize(("std", "step"), [(1.0, 2.0**-12), (1.9, 2.0**-12), (2.0, 2.0**-11), (0.3, 2.0**-14)])
+def test_grid_step(std: float, step: float) -> None:
+    assert grid_step(std) == step
+
+
+def test_rounding_hides_the_low_bits_of_the_sum() -> None:
+    """Without the grid, 'a multiple of 2^-24' tells a sum of 0 from a sum of 1/3 under perfect noise."""
+    step = grid_step(1.0)
+    for total in (0.0, 1.0 / 3.0, 1e-9):
+        noisy = total + gaussian_noise((100_000,), 1.0, dtype=torch.float64)
+        rounded = round_to_grid(noisy, step)
+        assert torch.equal(rounded / step, torch.round(rounded / step))
+        assert (rounded - noisy).abs().max() <= step / 2
+
+
+def test_grid_must_be_a_power_of_two() -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        round_to_grid(torch.ones(2), 0.3)
+    with pytest.raises(ValueError, match="step"):
+        round_to_grid(torch.ones(2), 0.0)

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The private step: one release, always noised and charged, divided by a public constant."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wavedp.privacy import LedgerError, PrivacyLedger, PrivacySpec, PrivateOptimizer, clip_and_sum, grid_step
+
+MakeSpec = Callable[..., PrivacySpec]
+
+
+def linear(inputs: int = 3, outputs: int = 2) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs)
+
+
+def private_sgd(model: nn.Module, spec: PrivacySpec, **options: Any) -> PrivateOptimizer:
+    return PrivateOptimizer(model, torch.optim.SGD(model.parameters(), lr=1.0), spec, **options)
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])
+
+
+def test_without_noise_a_step_is_the_clipped_sum_over_the_public_batch_size(spec: MakeSpec) -> None:
+    model = linear()
+    x = torch.randn(5, 3)
+    grads = [torch.einsum("bp,bd->bpd", 2 * model(x), x).detach(), (2 * model(x)).detach()]
+    expected = torch.cat([total.flatten() for total in clip_and_sum(grads, 0.5)]).double() / 8.0
+    before = flat(model)
+    private = private_sgd(model, spec(noise_multiplier=0.0, max_grad_norm=0.5), without_privacy=True)
+    private.backward(model(x).square().sum(1))
+    private.step()
+    assert torch.allclose(before - flat(model), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_micro_batches_add_up(spec: MakeSpec) -> None:
+    x = torch.randn(9, 3)
+    results = []
+    for size in (9, 4, 1):
+        model = linear()
+        private = private_sgd(model, spec(), insecure_seed=1)
+        for chunk in x.split(size):
+            private.backward(model(chunk).square().sum(1))
+        private.step()
+        results.append(flat(model))
+    # Equal noise, so equal grid points, up to one where rounding of the sum tips a tie.
+    for other in results[1:]:
+        assert (results[0] - other).abs().max() <= grid_step(spec().noise_stddev) / 8.0 + 1e-7
+
+
+def test_empty_batch_is_noise_of_the_right_size_on_the_grid(spec: MakeSpec) -> None:
+    made = spec(noise_multiplier=2.0, max_grad_norm=0.5, expected_batch_size=4.0)
+    model = nn.Linear(500, 400).double()
+    before = flat(model)
+    private = private_sgd(model, made)
+    private.step()
+    noise = (before - flat(model)) * 4.0
+    n = noise.numel()
+    assert abs(noise.std().item() / made.noise_stddev - 1.0) < 5.5 / math.sqrt(2 * n)
+    assert abs(noise.mean().item()) < 5.5 * made.noise_stddev / math.sqrt(n)
+    assert made.noise_stddev >= 2.0 * 0.5
+    units = noise / grid_step(made.noise_stddev)
+    assert (units - units.round()).abs().max() < 1e-6
+    assert private.steps_charged == 1
+
+
+def test_noise_is_fresh_for_every_step_and_tensor(spec: MakeSpec) -> None:
+    model = nn.Sequential(*[nn.Linear(40, 40, bias=False) for _ in range(4)]).double()
+    private = private_sgd(model, spec())
+    rows = []
+    for _ in range(5):
+        before = flat(model)
+        private.step()
+        rows += list((before - flat(model)).reshape(4, -1))
+    correlation = torch.corrcoef(torch.stack(rows)) - torch.eye(20, dtype=torch.float64)
+    assert correlation.abs().max() < 6.0 / math.sqrt(1600)
+
+
+def test_low_precision_parameters_get_full_precision_noise(spec: MakeSpec) -> None:
+    model = nn.Linear(100, 100, bias=False).bfloat16()
+    with torch.no_grad():
+        model.weight.zero_()
+    private = private_sgd(model, spec(expected_batch_size=1.0))
+    seen = []
+    private.optimizer.register_step_pre_hook(lambda *_: seen.append(model.weight.grad.dtype))
+    private.step()
+    assert seen == [torch.bfloat16]
+    assert model.weight.float().std().item() == pytest.approx(1.0, rel=0.05)
+
+
+def test_the_budget_ends_before_anything_is_released(spec: MakeSpec) -> None:
+    model = linear()
+    private = private_sgd(model, spec(steps=3))
+    for _ in range(3):
+        private.step()
+    after = flat(model)
+    with pytest.raises(RuntimeError, match="budget exhausted"):
+        private.step()
+    with pytest.raises(RuntimeError, match="budget exhausted"):
+        private.backward(model(torch.randn(4, 3)).sum(1))
+    assert torch.equal(flat(model), after)
+    assert private.steps_charged == 3
+    assert private.steps_left == 0
+
+
+def test_the_inner_optimizer_cannot_be_stepped(spec: MakeSpec) -> None:
+    model = linear()
+    private = private_sgd(model, spec())
+    with pytest.raises(RuntimeError, match=r"PrivateOptimizer\.step"):
+        private.optimizer.step()
+    private.backward(model(torch.randn(4, 3)).sum(1))
+    assert model.weight.grad is None
+    with pytest.raises(RuntimeError, match=r"PrivateOptimizer\.step"):
+        private.optimizer.step(lambda: 0.0)
+    with pytest.raises(RuntimeError, match="no closure"):
+        private.step(lambda: 0.0)
+    private.close()
+    private.optimizer.step()
+
+
+def test_gradients_are_gone_after_the_step(spec: MakeSpec) -> None:
+    model = linear()
+    private = private_sgd(model, spec())
+    private.backward(model(torch.randn(4, 3)).sum(1))
+    private.step()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not private.pending
+
+
+def test_a_batch_is_dropped_only_on_purpose_and_stays_charged(spec: MakeSpec) -> None:
+    model = linear()
+    private = private_sgd(model, spec(noise_multiplier=0.0), without_privacy=True)
+    private.zero_grad()
+    private.backward(model(torch.randn(4, 3)).sum(1))
+    assert private.pending
+    with pytest.raises(RuntimeError, match="discard"):
+        private.zero_grad()
+    private.discard()
+    assert private.steps_charged == 1
+    before = flat(model)
+    private.step()
+    assert torch.equal(flat(model), before)
+    assert private.steps_charged == 2
+
+
+def test_a_failed_backward_adds_nothing(spec: MakeSpec) -> None:
+    model = linear()
+    private = private_sgd(model, spec(noise_multiplier=0.0), without_privacy=True)
+    before = flat(model)
+    with pytest.raises(RuntimeError, match="record axis"):
+        private.backward(model(torch.randn(4, 3)).sum(1)[:2])
+    private.step()
+    assert torch.equal(flat(model), before)
+
+
+def test_a_record_cannot_come_twice(spec: MakeSpec) -> None:
+    model = linear()
+    private = private_sgd(model, spec())
+    private.backward(model(torch.randn(3, 3)).sum(1), records=torch.tensor([4, 7, 9]))
+    with pytest.raises(ValueError, match="twice"):
+        private.backward(model(torch.randn(2, 3)).sum(1), records=torch.tensor([1, 7]))
+    with pytest.raises(ValueError, match="twice"):
+        private.backward(model(torch.randn(2, 3)).sum(1), records=torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match="shape"):
+        private.backward(model(torch.randn(2, 3)).sum(1), records=torch.tensor([1]))
+    private.step()
+    private.backward(model(torch.randn(1, 3)).sum(1), records=torch.tensor([7]))
+
+
+def test_a_poisoned_record_leaves_finite_parameters(spec: MakeSpec) -> None:
+    model = linear()
+    private = private_sgd(model, spec())
+    x = torch.randn(4, 3)
+    x[1, 0] = float("nan")
+    private.backward(model(x).sum(1))
+    private.step()
+    assert torch.isfinite(flat(model)).all()
+
+
+@pytest.mark.parametrize("fault", ["missing", "foreign", "added later"])
+def test_groups_must_be_the_trainable_parameters(spec: MakeSpec, fault: str) -> None:
+    model = linear()
+    parameters = list(model.parameters())
+    stranger = nn.Parameter(torch.zeros(2))
+    if fault == "missing":
+        with pytest.raises(ValueError, match=r"\['bias'\]"):
+            PrivateOptimizer(model, torch.optim.SGD([model.weight]), spec())
+    elif fault == "foreign":
+        with pytest.raises(ValueError, match="1 trainable tensors"):
+            PrivateOptimizer(model, torch.optim.SGD([*parameters, stranger]), spec())
+    else:
+        private = private_sgd(model, spec())
+        private.optimizer.add_param_group({"params": [stranger]})
+        with pytest.raises(ValueError, match="1 trainable tensors"):
+            private.step()
+        assert private.steps_charged == 0
+        private.close()
+    assert "forward" not in vars(model)
+
+
+def test_frozen_parameters_may_sit_in_a_group(spec: MakeSpec) -> None:
+    model = linear()
+    model.bias.requires_grad_(False)
+    before = model.bias.clone()
+    private = private_sgd(model, spec())
+    private.step()
+    assert torch.equal(model.bias, before)
+
+
+def test_lbfgs_is_refused(spec: MakeSpec) -> None:
+    model = linear()
+    with pytest.raises(ValueError, match="LBFGS"):
+        PrivateOptimizer(model, torch.optim.LBFGS(model.parameters()), spec())
+
+
+def test_schedulers_work_on_the_inner_optimizer(spec: MakeSpec) -> None:
+    model = linear()
+    private = private_sgd(model, spec(noise_multiplier=0.0), without_privacy=True)
+    scheduler = torch.optim.lr_scheduler.StepLR(private.optimizer, 1, gamma=0.5)
+    private.step()
+    scheduler.step()
+    assert private.param_groups[0]["lr"] == 0.5
+
+
+def test_no_noise_needs_consent(spec: MakeSpec) -> None:
+    with pytest.raises(ValueError, match="without_privacy"):
+        private_sgd(linear(), spec(noise_multiplier=0.0))
+
+
+def test_privacy_spent(spec: MakeSpec) -> None:
+    made = spec()
+    private = private_sgd(linear(), made)
+    private.step()
+    spent = private.privacy_spent()
+    assert spent["steps_charged"] == 1
+    assert spent["steps_planned"] == 20
+    assert spent["epsilon"] == made.epsilon()
+    assert spent["epsilon_charged"] == made.with_steps(1).epsilon() < made.epsilon()
+    assert private_sgd(linear(), made, insecure_seed=0).privacy_spent()["epsilon"] is None
+
+
+def test_adam_trains_under_little_noise(spec: MakeSpec) -> None:
+    torch.manual_seed(0)
+    model, target = nn.Linear(4, 1), torch.randn(4, 1)
+    made = spec(noise_multiplier=0.1, steps=200, expected_batch_size=64.0, max_grad_norm=1.0)
+    private = PrivateOptimizer(model, torch.optim.AdamW(model.parameters(), lr=0.03), made)
+    for _ in range(200):
+        x = torch.randn(64, 4)
+        private.backward((model(x) - x @ target).square().sum(1))
+        private.step()
+    assert (model.weight.detach().T - target).abs().max() < 0.15
+
+
+def test_state_carries_no_sums_and_no_entropy(spec: MakeSpec) -> None:
+    model = linear()
+    private = PrivateOptimizer(model, torch.optim.Adam(model.parameters()), spec())
+    private.step()
+    private.backward(model(torch.randn(4, 3)).sum(1))
+    state = private.state_dict()
+    assert set(state) == {"optimizer", "spec", "steps_charged", "ledger_head"}
+    assert state["steps_charged"] == 2
+    assert set(state["optimizer"]["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_resume_from_state(spec: MakeSpec) -> None:
+    model = linear()
+    first = PrivateOptimizer(model, torch.optim.Adam(model.parameters()), spec(steps=5))
+    for _ in range(3):
+        first.step()
+    state = first.state_dict()
+    first.close()
+    second = PrivateOptimizer(model, torch.optim.Adam(model.parameters()), spec(steps=5))
+    second.load_state_dict(state)
+    assert (second.steps_charged, second.steps_left) == (3, 2)
+    second.load_state_dict({**state, "steps_charged": 1})
+    assert second.steps_charged == 3
+    second.close()
+    other = PrivateOptimizer(model, torch.optim.Adam(model.parameters()), spec(steps=6))
+    with pytest.raises(RuntimeError, match="another PrivacySpec"):
+        other.load_state_dict(state)
+
+
+def test_ledger_is_charged_in_blocks_before_the_step(spec: MakeSpec, tmp_path: Path) -> None:
+    made = spec(steps=25)
+    with PrivacyLedger(tmp_path / "ledger", made) as ledger:
+        private = private_sgd(linear(), made, ledger=ledger, reserve_steps=10)
+        assert ledger.charged == 0
+        private.backward(private._book.model(torch.randn(2, 3)).sum(1))
+        assert ledger.charged == 10  # before the release
+        for _ in range(11):
+            private.step()
+        assert (ledger.charged, private.steps_charged, private.steps_left) == (20, 20, 14)
+        private.close()
+    with PrivacyLedger(tmp_path / "ledger", made) as ledger:
+        private = private_sgd(linear(), made, ledger=ledger)
+        assert (private.steps_charged, private.steps_left) == (20, 5)
+        for _ in range(5):
+            private.step()
+        with pytest.raises(RuntimeError, match="budget exhausted"):
+            private.step()
+        assert ledger.charged == 25
+
+
+def test_nothing_is_released_when_the_ledger_fails(spec: MakeSpec, tmp_path: Path) -> None:
+    ledger = PrivacyLedger(tmp_path / "ledger", spec())
+    model = linear()
+    private = private_sgd(model, spec(), ledger=ledger)
+    before = flat(model)
+    ledger.close()
+    with pytest.raises(LedgerError, match="closed"):
+        private.step()
+    assert torch.equal(flat(model), before)
+
+
+def test_checkpoints_cannot_roll_a_ledger_back(spec: MakeSpec, tmp_path: Path) -> None:
+    made = spec()
+    with PrivacyLedger(tmp_path / "a", made) as ledger:
+        private = private_sgd(linear(), made, ledger=ledger, reserve_steps=1)
+        private.step()
+        early = private.state_dict()
+        private.step()
+        late = private.state_dict()
+        private.load_state_dict(early)
+        assert private.steps_charged == 2
+    with PrivacyLedger(tmp_path / "b", made) as ledger:
+        fresh = private_sgd(linear(), made, ledger=ledger)
+        with pytest.raises(LedgerError, match="older than the checkpoint"):
+            fresh.load_state_dict(late)
+    with pytest.raises(RuntimeError, match="pass it as ledger="):
+        private_sgd(linear(), made).load_state_dict(late)
+
+
+def test_ledger_of_another_spec_is_refused(spec: MakeSpec, tmp_path: Path) -> None:
+    with PrivacyLedger(tmp_path / "ledger", spec(noise_multiplier=2.0)) as ledger:
+        with pytest.raises(LedgerError, match="another specification"):
+            private_sgd(linear(), spec(), ledger=ledger)
+
+
+def test_closed_optimizer_is_of_no_use(spec: MakeSpec) -> None:
+    model = linear()
+    with private_sgd(model, spec()) as private:
+        pass
+    with pytest.raises(RuntimeError, match="closed"):
+        private.step()
+    assert "forward" not in vars(model)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The statement says everything a reader needs, and is refused where there is no guarantee."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from wavedp.privacy import (
+    PoissonSampler,
+    PrivacyLedger,
+    PrivacySpec,
+    PrivacyStatement,
+    PrivateOptimizer,
+    physical_batches,
+)
+
+MakeSpec = Callable[..., PrivacySpec]
+
+
+def train(
+    spec: PrivacySpec, steps: int, *, sampler: PoissonSampler | None = None, **options: Any
+) -> tuple[PrivateOptimizer, PoissonSampler]:
+    model = nn.Linear(3, 2)
+    records = torch.randn(60, 3)
+    sampler = sampler or PoissonSampler.for_spec(spec, 60)
+    private = PrivateOptimizer(model, torch.optim.SGD(model.parameters()), spec, **options)
+    for _, indices in zip(range(steps), sampler):
+        for chunk in physical_batches(indices, 4):
+            private.backward(model(records[chunk]).sum(1), records=chunk)
+        private.step()
+    return private, sampler
+
+
+def test_fields(spec: MakeSpec, tmp_path: Path) -> None:
+    made = spec()
+    with PrivacyLedger(tmp_path / "ledger", made) as ledger:
+        statement = PrivacyStatement.from_run(*train(made, 20, ledger=ledger), assumptions=["Extra sentence."])
+        head = ledger.head
+    values = json.loads(statement.to_json())
+    lower, upper = made.epsilon_bounds()
+    assert values["epsilon"] == upper == made.epsilon()
+    assert values["epsilon_lower"] == lower <= upper
+    assert values["epsilon_charged"] == upper
+    assert values["epsilon_rdp"] == made.epsilon_rdp() > upper
+    for name in ("unit", "neighboring_relation", "delta", "sample_rate", "noise_multiplier", "max_grad_norm"):
+        assert values[name] == getattr(made, name), name
+    assert values["expected_batch_size"] == 8.0
+    assert values["dataset_size_bound"] == 100
+    assert (values["steps_planned"], values["steps_charged"]) == (20, 20)
+    assert values["sensitivity"] == made.sensitivity
+    assert values["noise_stddev"] == made.noise_stddev
+    assert values["ledger_head"] == head
+    assert values["spec_fingerprint"] == made.fingerprint()
+    assert values["noise_mode"].startswith("standard")
+    assert "PLD" in values["accountant"]
+    assert "Poisson" in values["sampler"]
+    assert values["assumptions"][-1] == "Extra sentence."
+    assert any("not covered" in sentence for sentence in values["assumptions"])
+    assert values["warnings"] == []
+    assert set(values["versions"]) == {"python", "wavedp", "torch", "numpy", "dp-accounting"}
+    assert "loss" not in values
+    assert "num_records" not in values
+
+
+def test_text_is_aligned(spec: MakeSpec) -> None:
+    private, sampler = train(spec(), 20)
+    statement = PrivacyStatement.from_run(private, sampler)
+    lines = statement.to_text().splitlines()
+    fields = lines[2 : lines.index("Assumptions") - 1]
+    width = fields[3].index(f"{statement.epsilon:.6g}")
+    assert fields[3].startswith("epsilon (upper bound)")
+    assert all(line[width - 1] == " " and line[width] != " " for line in fields)
+    assert any(line.startswith("attempts charged") and line.endswith(" 20") for line in fields)
+    assert max(len(line) for line in lines[lines.index("Assumptions") :]) <= 100
+
+
+def test_early_stop_states_the_plan_and_warns(spec: MakeSpec) -> None:
+    made = spec()
+    statement = PrivacyStatement.from_run(*train(made, 5))
+    assert statement.epsilon == made.epsilon()
+    assert statement.epsilon_charged == made.with_steps(5).epsilon()
+    assert any("5 of 20 steps" in warning for warning in statement.warnings)
+    assert any("No ledger" in warning for warning in statement.warnings)
+
+
+def refused(private: PrivateOptimizer, sampler: PoissonSampler, reason: str) -> None:
+    with pytest.raises(RuntimeError, match=reason):
+        PrivacyStatement.from_run(private, sampler)
+
+
+def test_refuses_seeded_noise(spec: MakeSpec) -> None:
+    refused(*train(spec(), 2, insecure_seed=1), "insecure_seed")
+
+
+def test_refuses_seeded_sampling(spec: MakeSpec) -> None:
+    sampler = PoissonSampler.for_spec(spec(), 60, insecure_seed=1)
+    refused(*train(spec(), 2, sampler=sampler), "insecure_seed")
+
+
+def test_refuses_no_noise(spec: MakeSpec) -> None:
+    refused(*train(spec(noise_multiplier=0.0), 2, without_privacy=True), "not private")
+
+
+def test_refuses_vanishing_noise(spec: MakeSpec) -> None:
+    refused(*train(spec(noise_multiplier=1e-3), 2), "epsilon is inf")
+
+
+def test_refuses_an_untrained_or_pending_run(spec: MakeSpec) -> None:
+    private, sampler = train(spec(), 0)
+    refused(private, sampler, "no step")
+    private.backward(private._book.model(torch.randn(2, 3)).sum(1))
+    refused(private, sampler, "pending")
+
+
+def test_refuses_another_sampler(spec: MakeSpec) -> None:
+    private, _ = train(spec(), 3)
+    refused(private, PoissonSampler(60, 0.2, 20), "drew at 0.2")
+    refused(private, PoissonSampler(60, 0.1, 20), "did not draw")
+    refused(private, PoissonSampler(101, 0.1, 20), "dataset_size_bound")
+
+
+def test_refuses_skipped_batches(spec: MakeSpec) -> None:
+    """A loop that skips empty batches charges less than it reveals: that a batch was not empty."""
+    private, sampler = train(spec(), 3)
+    batches = iter(sampler)
+    next(batches)
+    PrivacyStatement.from_run(private, sampler)  # a batch drawn, and interrupted before it began
+    next(batches)
+    refused(private, sampler, "drawn and not stepped")

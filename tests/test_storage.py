@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files are replaced whole or not at all, and damage is noticed."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from wavedp import storage
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int64)}
+
+
+def test_a_folder_comes_back_as_it_was(tmp_path: Path):
+    storage.save_folder(tmp_path / "m", {"kind": "x", "n": 3}, TENSORS)
+    config, tensors = storage.load_folder(tmp_path / "m")
+    assert config == {"kind": "x", "n": 3}
+    assert tensors.keys() == TENSORS.keys()
+    for name, value in TENSORS.items():
+        assert torch.equal(tensors[name], value)
+        assert tensors[name].dtype == value.dtype
+
+
+def test_tied_and_strided_tensors_are_stored_as_values(tmp_path: Path):
+    base = torch.arange(12.0).reshape(3, 4)
+    storage.save_folder(tmp_path, {}, {"view": base.T, "expanded": base[:1].expand(2, 4)})
+    _, tensors = storage.load_folder(tmp_path)
+    assert torch.equal(tensors["view"], base.T)
+    assert torch.equal(tensors["expanded"], base[:1].expand(2, 4))
+
+
+def test_overwriting_leaves_one_weights_file(tmp_path: Path):
+    for n in range(3):
+        storage.save_folder(tmp_path, {"n": n}, {"a": torch.full((2,), float(n))})
+    config, tensors = storage.load_folder(tmp_path)
+    assert (config["n"], tensors["a"].tolist()) == (2, [2.0, 2.0])
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("failing_write", [1, 2])
+def test_a_full_disk_keeps_the_previous_folder(tmp_path: Path, monkeypatch, failing_write: int):
+    storage.save_folder(tmp_path, {"n": 1}, TENSORS)
+    calls = 0
+    real_fsync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        nonlocal calls
+        if not os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            calls += 1
+            if calls == failing_write:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        storage.save_folder(tmp_path, {"n": 2}, {"a": torch.zeros(3)})
+    monkeypatch.undo()
+    config, tensors = storage.load_folder(tmp_path)
+    assert config == {"n": 1}
+    assert torch.equal(tensors["a"], TENSORS["a"])
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("position", [0, 9, -1])
+def test_one_flipped_bit_is_noticed(tmp_path: Path, position: int):
+    storage.save_folder(tmp_path, {}, TENSORS)
+    weights = tmp_path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[position] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors does not have the sha256"):
+        storage.load_folder(tmp_path)
+
+
+def test_what_is_missing_or_foreign_is_named(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+        storage.load_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+        storage.load_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"weights": "../../etc/passwd", "sha256": "0"}))
+    with pytest.raises(FileNotFoundError, match="passwd is missing"):  # only the name counts, never the path
+        storage.load_folder(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="not written by wavedp"):
+        storage.load_folder(tmp_path)
+
+
+def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path):
+    with pytest.raises(ValueError, match="does not fit its own configuration"):
+        storage.load_weights(torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, tmp_path)
