@@ -34,9 +34,7 @@ def main() -> int:
     best = "cuda" if torch.cuda.is_available() else "cpu"
     with_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=with_defaults)
-    parser.add_argument(
-        "cases", nargs="*", metavar="case", default=[], help=f"of {', '.join(names)}; none: all"
-    )
+    parser.add_argument("cases", nargs="*", metavar="case", default=[], help=f"of {', '.join(names)}; none: all")
     parser.add_argument("--device", default=best, help="cpu, cuda or cuda:N")
     parser.add_argument("--repeats", type=int, default=5, help="samples taken of each provider")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the CSV files")

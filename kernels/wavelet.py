@@ -91,7 +91,7 @@ def _tile_indices(h, w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
     return plane, row, col
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "h"])
 def _dwt2_forward_kernel(
     x_ptr,  # [N, H, W], strides in elements
     bands_ptr,  # [4, N, h, w], contiguous
@@ -166,7 +166,7 @@ def _column_folded_blocks(ll_ptr, lh_ptr, hl_ptr, hh_ptr, plane, rows, cols, W, 
     return a, b, c, d
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "h"])
 def _idwt2_forward_kernel(
     ll_ptr,  # each band [N, h, w], contiguous, or None for zeros
     lh_ptr,
@@ -186,9 +186,7 @@ def _idwt2_forward_kernel(
     cols = col + tl.arange(0, BLOCK_W)[None, :]
     a, b, c, d = _column_folded_blocks(ll_ptr, lh_ptr, hl_ptr, hh_ptr, plane, rows, cols, W, h, w, EDGE)
     if EDGE != ZERO:
-        _, _, left, right = _column_folded_blocks(
-            ll_ptr, lh_ptr, hl_ptr, hh_ptr, plane, h - 1, cols, W, h, w, EDGE
-        )
+        _, _, left, right = _column_folded_blocks(ll_ptr, lh_ptr, hl_ptr, hh_ptr, plane, h - 1, cols, W, h, w, EDGE)
         a, c = _fold(a, c, left, rows, H, EDGE)
         b, d = _fold(b, d, right, rows, H, EDGE)
 

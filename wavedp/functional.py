@@ -170,8 +170,7 @@ def _trimmed(approximation: Tensor, details: Sequence[Tensor | None]) -> Tensor:
     if band is None:
         return approximation
     height, width = (
-        size - 1 if size == wanted + 1 else size
-        for size, wanted in zip(approximation.shape[-2:], band.shape[-2:])
+        size - 1 if size == wanted + 1 else size for size, wanted in zip(approximation.shape[-2:], band.shape[-2:])
     )
     return approximation[..., :height, :width]
 

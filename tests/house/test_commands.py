@@ -29,9 +29,7 @@ def planned(target: str, venv: Path) -> list[str]:
     ("target", "extra", "command"),
     [("demo", "demo", "bin/wavedp demo --out runs/demo"), ("test", "dev", "bin/pytest ")],
 )
-def test_the_environment_is_made_then_the_command_runs(
-    tmp_path: Path, target: str, extra: str, command: str
-) -> None:
+def test_the_environment_is_made_then_the_command_runs(tmp_path: Path, target: str, extra: str, command: str) -> None:
     make_venv, *installs, stamp, last = planned(target, tmp_path / "venv")
     assert make_venv == f"python3 -m venv {tmp_path}/venv"
     assert all(" -m pip install " in line and " -c constraints.txt " in line for line in installs)

@@ -42,9 +42,7 @@ assert [t.tolist() for t in (a, h, v, d)] == [[[5.0]], [[-2.0]], [[-1.0]], [[0.0
 """
 
 
-def python(
-    code: str, *flags: str, tree: Path = ROOT, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+def python(code: str, *flags: str, tree: Path = ROOT, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONWARNINGS": "default"}
     done = subprocess.run(
         [sys.executable, *flags, "-c", code], env=env, cwd=cwd, capture_output=True, text=True, timeout=120

@@ -75,9 +75,7 @@ def wheel(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sources(tree: Path, folder: str, *suffixes: str) -> set[str]:
     """Paths, relative to the tree, of the files under `folder` with one of `suffixes`."""
-    found = {
-        path.relative_to(tree).as_posix() for path in (tree / folder).rglob("*") if path.suffix in suffixes
-    }
+    found = {path.relative_to(tree).as_posix() for path in (tree / folder).rglob("*") if path.suffix in suffixes}
     assert found, f"no {suffixes} under {folder}/"
     return found
 
@@ -118,9 +116,7 @@ def test_the_wheel_holds_the_native_library(wheel: Path) -> None:
 
 
 def test_the_metadata_leaves_heavy_packages_to_the_extras(wheel: Path) -> None:
-    metadata = email.message_from_string(
-        (wheel / f"wavedp-{VERSION}.dist-info" / "METADATA").read_text("utf-8")
-    )
+    metadata = email.message_from_string((wheel / f"wavedp-{VERSION}.dist-info" / "METADATA").read_text("utf-8"))
     assert metadata["Version"] == VERSION
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"data", "sr", "demo", "dev"} <= set(metadata.get_all("Provides-Extra", []))

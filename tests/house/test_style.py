@@ -35,9 +35,7 @@ def test_the_linter_has_no_complaint(command: tuple[str, ...]) -> None:
     program = shutil.which(command[0], path=Path(sys.executable).parent)
     if program is None:
         pytest.skip(f"needs {command[0]}, of the extra [dev]")
-    done = subprocess.run(
-        [program, *command[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([program, *command[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

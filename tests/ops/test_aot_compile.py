@@ -39,9 +39,9 @@ class Variant:
 
 
 TILE = {"BLOCK_H": 1, "BLOCK_W": 128}
-LARGE_IMAGE = ("x_ptr", "bands_ptr", "stride_xn", "stride_xh", "H", "W", "h", "w")
-LARGE_BANDS = ("ll_ptr", "lh_ptr", "hl_ptr", "hh_ptr", "x_ptr", "H", "W", "h", "w")
-ONE_PIXEL = {"H": 1, "W": 1, "h": 1, "w": 1}
+LARGE_IMAGE = ("x_ptr", "bands_ptr", "stride_xn", "stride_xh", "W", "w")
+LARGE_BANDS = ("ll_ptr", "lh_ptr", "hl_ptr", "hh_ptr", "x_ptr", "W", "w")
+ONE_COLUMN = {"W": 1, "w": 1}
 
 
 def dwt2(dtype: str, edge: int, *divisible: str, **constants: Any) -> Variant:
@@ -57,8 +57,8 @@ REGISTRY = [
     *(idwt2(dtype, 0, *LARGE_BANDS) for dtype in POINTER_TYPES),
     *(dwt2("bf16", edge) for edge in range(1, 6)),
     *(idwt2("bf16", edge) for edge in range(1, 6)),
-    dwt2("fp32", 5, stride_xn=1, stride_xh=1, stride_xw=1, N=1, **ONE_PIXEL),
-    idwt2("fp32", 5, **ONE_PIXEL),
+    dwt2("fp32", 5, stride_xn=1, stride_xh=1, stride_xw=1, **ONE_COLUMN),
+    idwt2("fp32", 5, **ONE_COLUMN),
     idwt2("fp64", 5, lh_ptr=None, hl_ptr=None, hh_ptr=None),
     idwt2("fp32", 0, ll_ptr=None, hl_ptr=None),
 ]

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_file_is_private_and_chained(filled: Path) -> None:
     lines = [json.loads(line) for line in filled.read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["create", "reserve", "reserve", "reserve"]
     assert lines[0]["previous"] == "0" * 64
-    assert all(after["previous"] == before["digest"] for before, after in zip(lines, lines[1:]))
+    assert all(after["previous"] == before["digest"] for before, after in pairwise(lines))
 
 
 def test_only_one_writer(filled: Path, spec: MakeSpec) -> None:
@@ -204,8 +205,8 @@ def test_heads(filled: Path, spec: MakeSpec) -> None:
         assert not ledger.contains("0" * 63 + "1")
 
 
-def killed_after(delay: float, work: Callable[[int], None]) -> int:
-    """Run ``work`` in a child, kill -9 it after ``delay`` seconds, and return how many bytes it released."""
+def run_child(work: Callable[[int], None], kill_after: float | None = None) -> int:
+    """Run ``work`` in a child, kill -9 it after some seconds if asked to, and return how many bytes it released."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -215,8 +216,9 @@ def killed_after(delay: float, work: Callable[[int], None]) -> int:
         finally:
             os._exit(0)
     os.close(writer)
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     released = 0
     while part := os.read(reader, 1 << 16):
@@ -237,7 +239,7 @@ def test_kill_9_never_leaves_a_step_uncharged(path: Path, spec: MakeSpec) -> Non
                     os.write(writer, b".")
 
     for point in range(12):
-        total += killed_after(0.02 + 0.007 * point, run)
+        total += run_child(run, kill_after=0.02 + 0.007 * point)
         with PrivacyLedger(path, made) as ledger:
             assert ledger.charged >= total
             assert ledger.charged - total <= 3 * (point + 1)
@@ -259,11 +261,10 @@ def test_kill_9_during_private_training(path: Path, spec: MakeSpec) -> None:
                 os.write(writer, b".")
 
     for point in range(10):
-        total += killed_after(0.02 + 0.004 * point, run)
+        total += run_child(run, kill_after=0.02 + 0.004 * point)
     with PrivacyLedger(path, made) as ledger:
-        charged = ledger.charged
-        assert total <= charged <= total + 10 * 10
-    total += killed_after(10.0 if charged < 400 else 0.0, run)
+        assert total <= ledger.charged <= total + 10 * 10
+    total += run_child(run)
     assert total <= 400
     with PrivacyLedger(path, made) as ledger:
         assert ledger.charged == 400

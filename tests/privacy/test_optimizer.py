@@ -338,9 +338,9 @@ def test_checkpoints_cannot_roll_a_ledger_back(spec: MakeSpec, tmp_path: Path) -
 
 
 def test_ledger_of_another_spec_is_refused(spec: MakeSpec, tmp_path: Path) -> None:
-    with PrivacyLedger(tmp_path / "ledger", spec(noise_multiplier=2.0)) as ledger:
-        with pytest.raises(LedgerError, match="another specification"):
-            private_sgd(linear(), spec(), ledger=ledger)
+    other = PrivacyLedger(tmp_path / "ledger", spec(noise_multiplier=2.0))
+    with other, pytest.raises(LedgerError, match="another specification"):
+        private_sgd(linear(), spec(), ledger=other)
 
 
 def test_closed_optimizer_is_of_no_use(spec: MakeSpec) -> None:

@@ -6,6 +6,7 @@ from wavedp.data.digits import load_digits_dataset, native_digits
 from wavedp.data.glyphs import render_glyphs
 from wavedp.data.idx import IdxError, load_idx, read_idx
 from wavedp.data.picture_file import BadImageError
+from wavedp.data.silhouettes import render_silhouettes
 from wavedp.data.sources import NAMED_SOURCES, open_dataset
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "open_dataset",
     "read_idx",
     "render_glyphs",
+    "render_silhouettes",
     "to_unit_range",
 ]

@@ -18,7 +18,6 @@ from wavedp.data.dataset import TensorImageDataset
 from wavedp.data.resize import Fit, check_geometry, fit_pixels
 
 SCAN_SIZE = 8
-NUM_TRAIN = 1437
 NUM_TEST = 360
 SPLIT_SEED = 2026
 

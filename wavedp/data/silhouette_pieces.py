@@ -39,6 +39,11 @@ def fill(path: Path, tone: float, *, is_cloth: bool = True) -> Layer:
     return Layer(np.asarray(path, dtype=np.float64), tone, None, is_cloth)
 
 
+def strip(path: Path, tone: float, width: float) -> Layer:
+    """A strap: a line that is itself cloth."""
+    return Layer(np.asarray(path, dtype=np.float64), tone, width)
+
+
 def mark(path: Path, tone: float, width: float = 0.012) -> Layer:
     """A line on the cloth."""
     return Layer(np.asarray(path, dtype=np.float64), tone, width, is_cloth=False)
@@ -163,14 +168,12 @@ class Top:
 
     def layers(self) -> list[Layer]:
         """Everything in painting order: what is behind, the inside of the back, the body, the details."""
-        half = [(self.neck, 0.0), (self.shoulder, self.slope), (self.half_width, self.armpit)]
-        half += [(self.waist, self.waist_height), (self.hem, self.length)]
-        opening = [(0.0, self.neck_depth)]
-        if not self.is_v_neck:
-            opening.append((self.neck * 0.7, self.neck_depth * 0.75))
-        left = [(-x, y) for x, y in reversed([*opening[1:], *half])]
-        body = fill([*opening, *half, *left], 1.0)
+        right = [] if self.is_v_neck else [(self.neck * 0.7, self.neck_depth * 0.75)]
+        right.append((self.neck, 0.0))
+        left = [(-x, y) for x, y in reversed(right)]
+        neckline = [*left, (0.0, self.neck_depth), *right]
+        side = [(self.shoulder, self.slope), (self.half_width, self.armpit)]
+        side += [(self.waist, self.waist_height), (self.hem, self.length)]
+        body = fill([*neckline, *side, *((-x, y) for x, y in reversed(side))], 1.0)
         back = fill([(-self.neck, 0.0), (0.0, 0.03), (self.neck, 0.0), (0.0, self.neck_depth)], 0.55)
-        rim = [*((-x, y) for x, y in ([*opening[1:], half[0]][::-1])), *opening, half[0]]
-        edge = mark([*rim[:-1], *opening[1:], half[0]], 0.8)
-        return [*self._behind, back, body, edge, *self.details]
+        return [*self._behind, back, body, mark(neckline, 0.8), *self.details]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from wavedp.data.silhouette_pieces import Layer, Rng, Top, both_sides, fill, mark, smooth
+from wavedp.data.silhouette_pieces import Layer, Rng, Top, both_sides, fill, mark, smooth, strip
 
 
 def draw_t_shirt(rng: Rng) -> list[Layer]:
@@ -38,14 +38,15 @@ def draw_trouser(rng: Rng) -> list[Layer]:
         (rng.uniform(0.008, 0.02) + stance * 0.4, 0.6),
         (0.0, crotch),
     ]
-    layers = [Layer(_mirrored_copy(leg), 1.0), fill(leg, 1.0)]
+    layers = both_sides(fill(leg, 1.0))
     band = rng.uniform(0.03, 0.06)
     tone = rng.uniform(0.7, 1.05)
-    layers.append(fill([(-waist, 0, (waist, 0), (waist + 0.01, band), (-waist - 0.01, band)]), tone))
+    belt = [(-waist, 0.0), (waist, 0.0), (waist + 0.01, band), (-waist - 0.01, band)]
+    layers.append(fill(belt, tone))
     layers.append(mark([(0, band), (0, crotch)], 0.7))
     if rng.random() < 0.5:
         pocket = [(waist * 0.55, band), (hip * 0.95, crotch * 0.5)]
-        layers += [mark(pocket, 0.7), Layer(_mirrored_copy(pocket), 0.7, 0.012, is_cloth=False)]
+        layers += both_sides(mark(pocket, 0.7))
     return layers
 
 
@@ -88,7 +89,7 @@ def draw_coat(rng: Rng) -> list[Layer]:
     if rng.random() < 0.7:
         lapel = [(neck * 0.4, -0.02), (neck * 1.3, 0.02), (neck * 1.4, depth * 0.55), (0.01, depth)]
         tone = rng.uniform(0.65, 1.25)
-        top.details += [fill(lapel, tone), Layer(_mirrored_copy(lapel), tone)]
+        top.details += both_sides(fill(lapel, tone))
     else:
         top.add_roll_neck(rng)
     if rng.random() < 0.3:
@@ -96,8 +97,8 @@ def draw_coat(rng: Rng) -> list[Layer]:
     if rng.random() < 0.6:
         y, inner, outer = rng.uniform(0.58, 0.7), 0.07, top.half_width * 0.8
         pocket = [(inner, y), (outer, y - rng.uniform(0, 0.05))]
-        top.details += [mark(pocket, 0.6), Layer(_mirrored_copy(pocket), 0.6, 0.012, is_cloth=False)]
-    top.add_buttons(rng.integers(0, 5), depth, size=0.035)
+        top.details += both_sides(mark(pocket, 0.6))
+    top.add_buttons(int(rng.integers(0, 5)), depth, size=0.035)
     return top.layers()
 
 
@@ -107,22 +108,23 @@ def draw_sandal(rng: Rng) -> list[Layer]:
     top = [(0.0, 0.8), (0.3, 0.82), (0.6, 0.8 - 0.55 * lift), (0.8, 0.8 - 0.95 * lift), (1.0, 0.8 - lift)]
     ground = 0.82 + thick
     if lift > 0 and rng.random() < 0.5:
-        under = [(0.99, ground), (0.9 - rng.uniform(0, 0.05), ground), (0.84, 0.86 - 0.8 * lift), (0.6, ground - 0.5 * lift)]
+        tip = 0.9 - rng.uniform(0, 0.05)
+        under = [(0.99, ground), (tip, ground), (0.84, 0.86 - 0.8 * lift), (0.6, ground - 0.5 * lift)]
     else:
         under = [(1.0, ground), (0.5, ground)]
-    sole = _points([*top, *under, (0.3, ground), (0.03, ground)])
-    layers = [Layer(sole, rng.uniform(0.6, 1.1))]
+    sole = [*top, *under, (0.3, ground), (0.03, ground)]
+    layers = [fill(sole, rng.uniform(0.6, 1.1))]
     strap = rng.uniform(0.03, 0.08)
     for x in np.sort(rng.uniform(0.08, 0.6, rng.integers(1, 5))):
         base = float(np.interp(x, [p[0] for p in top], [p[1] for p in top]))
         rise, reach = rng.uniform(0.12, 0.25) + 0.2 * x, rng.uniform(0.05, 0.25)
         arc = [(x, base), (x + 0.3 * reach, base - 0.7 * rise), (x + reach, base - rise)]
-        layers.append(Layer(_smooth(arc), rng.uniform(0.75, 1.2), strap))
+        layers.append(strip(smooth(arc), rng.uniform(0.75, 1.2), strap))
     if rng.random() < 0.75:
         height = 0.8 - lift - rng.uniform(0.22, 0.38)
         loop = [(0.97, 0.82 - lift), (1.0, height + 0.05), (0.85, height), (0.66, height + rng.uniform(0.0, 0.1))]
-        layers.append(Layer(_smooth(loop), rng.uniform(0.8, 1.1), strap))
-        layers.append(Layer(_smooth([(0.66, height + 0.05), (0.62, 0.8 - 0.6 * lift)]), 0.9, strap))
+        layers.append(strip(smooth(loop), rng.uniform(0.8, 1.1), strap))
+        layers.append(strip([(0.66, height + 0.05), (0.62, 0.8 - 0.6 * lift)], 0.9, strap))
     return layers
 
 
@@ -136,12 +138,11 @@ def draw_shirt(rng: Rng) -> list[Layer]:
     neck, drop = top.neck, rng.uniform(0.08, 0.15)
     collar = [(0.0, top.neck_depth), (neck * 0.9, -0.03), (neck * 1.25, 0.03), (neck * 0.75, drop + 0.03)]
     tone = rng.uniform(0.8, 1.2)
-    top.details += [fill(collar, tone), Layer(_mirrored_copy(collar), tone)]
-    top.details.append(mark([*collar[2:], collar[0]], 0.7))
-    top.details.append(Layer(_mirrored_copy([*collar[2:], collar[0]]), 0.7, 0.012, is_cloth=False))
+    top.details += both_sides(fill(collar, tone))
+    top.details += both_sides(mark([*collar[2:], collar[0]], 0.7))
     bottom = top.length if rng.random() < 0.8 else rng.uniform(0.35, 0.5)
     top.details.append(mark([(0.0, top.neck_depth), (0.0, bottom)], rng.uniform(0.55, 0.85)))
-    top.add_buttons(rng.integers(3, 8), top.neck_depth + 0.06, size=0.015)
+    top.add_buttons(int(rng.integers(3, 8)), top.neck_depth + 0.06, size=0.015)
     if rng.random() < 0.4:
         x, y = top.half_width * 0.35, rng.uniform(0.28, 0.36)
         top.details.append(mark([(x, y), (x + 0.1, y), (x + 0.1, y + 0.1), (x, y + 0.1), (x, y)], 0.8))
@@ -165,20 +166,21 @@ def draw_sneaker(rng: Rng) -> list[Layer]:
         (0.99, collar + 0.03),
         (0.97, ground - 0.3 * sole),
     ]
-    layers = [Layer(_smooth(upper, closed=True), 1.0)]
-    bottom = [(0.0, ground - sole), (0.5, ground - sole * 0.8), (1.0, ground - sole * 1.1), (0.99, ground), (0.04, ground)]
+    layers = [fill(smooth(upper, closed=True), 1.0)]
+    bottom = [(0.0, ground - sole), (0.5, ground - sole * 0.8), (1.0, ground - sole * 1.1)]
+    bottom += [(0.99, ground), (0.04, ground)]
     layers.append(fill(bottom, rng.choice([rng.uniform(0.35, 0.7), rng.uniform(1.1, 1.5)])))
     for k in range(rng.integers(2, 6)):
         x, y = 0.34 + 0.055 * k, toe - 0.03 - (toe - collar) * 0.17 * k
         layers.append(mark([(x, y), (x + 0.07, y + 0.1)], rng.choice([0.55, 1.35]), 0.02))
-    mark, light = rng.random(), rng.choice([0.5, 1.45])
-    if mark < 0.4:
+    emblem, light = rng.random(), rng.choice([0.5, 1.45])
+    if emblem < 0.4:
         for k in range(rng.integers(2, 4)):
             layers.append(mark([(0.52 + 0.07 * k, 0.5), (0.46 + 0.07 * k, ground - sole)], light, 0.025))
-    elif mark < 0.7:
-        layers.append(mark(_smooth([(0.35, 0.66), (0.5, 0.76), (0.85, 0.52)]), light, 0.035))
+    elif emblem < 0.7:
+        layers.append(mark(smooth([(0.35, 0.66), (0.5, 0.76), (0.85, 0.52)]), light, 0.035))
     if rng.random() < 0.4:
-        layers.append(mark(_smooth([(0.05, toe + 0.12), (0.2, toe + 0.06), (0.28, ground - sole)]), 0.7))
+        layers.append(mark(smooth([(0.05, toe + 0.12), (0.2, toe + 0.06), (0.28, ground - sole)]), 0.7))
     return layers
 
 
@@ -191,12 +193,12 @@ def draw_bag(rng: Rng) -> list[Layer]:
     if rng.random() < 0.85:
         grip, reach = rng.uniform(0.35, 0.95) * width, top - rng.uniform(0.12, 0.4)
         arc = [(-grip, top + 0.05), (-grip * 0.9, reach), (grip * 0.9, reach), (grip, top + 0.05)]
-        layers.append(Layer(_smooth(arc), rng.uniform(0.6, 1.1), rng.uniform(0.025, 0.07)))
-    layers.append(Layer(_smooth(body, closed=True, rounds=rng.integers(1, 3), cut=rng.uniform(0.05, 0.2)), 1.0))
+        layers.append(strip(smooth(arc), rng.uniform(0.6, 1.1), rng.uniform(0.025, 0.07)))
+    layers.append(fill(smooth(body, closed=True, cut=rng.uniform(0.05, 0.2)), 1.0))
     if rng.random() < 0.6:
         drop, tone = top + height * rng.uniform(0.25, 0.65), rng.uniform(0.7, 1.2)
         flap = [(-width * flare, top), (width * flare, top), (width * 0.95, drop), (-width * 0.95, drop)]
-        layers.append(Layer(_smooth(flap, closed=True, rounds=2, cut=0.12), tone, is_cloth=False))
+        layers.append(fill(smooth(flap, closed=True, cut=0.12), tone, is_cloth=False))
         layers.append(mark([flap[3], flap[2]], 0.55, 0.014))
         layers.append(mark([(-0.03, drop), (0.03, drop)], rng.choice([0.3, 1.6]), 0.05))
     else:
@@ -228,13 +230,14 @@ def draw_ankle_boot(rng: Rng) -> list[Layer]:
         (0.62, ground - 0.02 - lift),
         (0.4, ground - 0.02),
     ]
-    layers = [Layer(_smooth(upper, closed=True, rounds=2, cut=0.2), 1.0)]
+    layers = [fill(smooth(upper, closed=True, cut=0.2), 1.0)]
     dark = rng.uniform(0.35, 0.9)
     sole = [(0.0, ground - 0.05), (0.4, ground - 0.04), (0.64, ground - 0.04 - lift), (0.98, ground - 0.05 - lift)]
     under = [(0.98, ground - lift), (0.66, ground - lift), (0.42, ground), (0.02, ground)]
     layers.append(fill([*sole, *under], dark))
     heel = rng.uniform(0.72, 0.88)
-    layers.append(fill([(heel, ground - 0.05 - lift, (0.98, ground - 0.05 - lift), (0.97, ground), (heel + 0.02, ground)]), dark))
+    step = ground - 0.05 - lift
+    layers.append(fill([(heel, step), (0.98, step), (0.97, ground), (heel + 0.02, ground)], dark))
     kind = rng.random()
     if kind < 0.35:
         for k in range(rng.integers(3, 6)):

@@ -15,8 +15,9 @@ from wavedp.data.folder import list_folder
 from wavedp.data.glyphs import DIGITS, render_glyphs
 from wavedp.data.idx import find_idx, load_idx
 from wavedp.data.resize import Fit, check_geometry
+from wavedp.data.silhouettes import render_silhouettes
 
-NAMED_SOURCES = ("digits", "glyphs")
+NAMED_SOURCES = ("digits", "glyphs", "silhouettes")
 
 
 def open_dataset(
@@ -36,10 +37,10 @@ def open_dataset(
     """Opens a data set; after that, no file of it is read again.
 
     Args:
-        source: ``"digits"`` (scikit-learn's, real), ``"glyphs"`` (drawn from fonts), or a path: a
-            folder with the IDX files of the MNIST family, one IDX file of images, a ``.zip`` of images,
-            a folder with ``images.zip`` and ``index.tsv``, or an image folder. A path named like a
-            built-in source is reached as ``./digits``.
+        source: ``"digits"`` (scikit-learn's, real), ``"glyphs"`` (drawn from fonts), ``"silhouettes"``
+            (painted clothes), or a path: a folder with the IDX files of the MNIST family, one IDX file of
+            images, a ``.zip`` of images, a folder with ``images.zip`` and ``index.tsv``, or an image
+            folder. A path named like a built-in source is reached as ``./digits``.
         image_size: side of the square images, pixels; :mod:`wavedp.data.resize` has the rule.
         channels: 1 (grey) or 3 (RGB).
         split: ``"train"``, ``"test"`` or ``"all"``. A source without a split of its own gives about one
@@ -49,7 +50,8 @@ def open_dataset(
         skip_bad: leave bad image files out and count them in ``skipped``, instead of raising.
         classes: class names in the order of the labels: required names for IDX, the order for folders
             and archives (default sorted), the characters for glyphs.
-        num_images, seed: how many glyphs, and which; "test" glyphs share no random number with "train".
+        num_images, seed: how many glyphs or silhouettes, and which; "test" and "train" are drawn from
+            different seeds.
         memory_limit: bytes of pixels kept in memory; more goes to a temporary file.
 
     Raises:
@@ -62,9 +64,11 @@ def open_dataset(
         raise ValueError(f'split must be "train", "test" or "all", got {split!r}')
     if source == "digits":
         return load_digits_dataset(image_size, channels, split=split, fit=fit, background=background)
+    chosen_seed = seed ^ 2**31 if split == "test" else seed  # torch uses the low 32 bits
+    if source == "silhouettes":
+        return render_silhouettes(num_images, image_size, seed=chosen_seed, channels=channels)
     if source == "glyphs":
         characters = DIGITS if classes is None else "".join(classes)
-        chosen_seed = seed ^ 2**31 if split == "test" else seed  # torch uses the low 32 bits
         return render_glyphs(num_images, image_size, seed=chosen_seed, classes=characters, channels=channels)
 
     path = Path(source)

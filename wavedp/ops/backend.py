@@ -38,9 +38,7 @@ _BACKENDS = {
         "wavedp._csrc", "install wavedp with a C++17 compiler present", ("cpu",), "wavedp.ops.{}_native"
     ),
     "triton": _Backend("triton", "pip install triton", ("cuda",), "wavedp.kernels.{}"),
-    "cuda": _Backend(
-        "wavedp._csrc_cuda", "install wavedp with nvcc present", ("cuda",), "wavedp.ops.{}_native"
-    ),
+    "cuda": _Backend("wavedp._csrc_cuda", "install wavedp with nvcc present", ("cuda",), "wavedp.ops.{}_native"),
     "reference": _Backend(None, "", (), "wavedp.reference.{}"),
 }
 
@@ -54,9 +52,7 @@ def _import_error(module: str) -> ImportError | None:
         importlib.import_module(module)
     except ImportError as error:
         if not (isinstance(error, ModuleNotFoundError) and error.name == module):
-            warnings.warn(
-                f"{module} is installed but cannot be loaded: {error}", RuntimeWarning, stacklevel=2
-            )
+            warnings.warn(f"{module} is installed but cannot be loaded: {error}", RuntimeWarning, stacklevel=2)
         return error
     return None
 
@@ -114,9 +110,7 @@ def implementation(op: str, device: torch.device) -> ModuleType:
     """
     name = _requested.get()
     if name == "auto":
-        name = next(
-            (n for n, b in _BACKENDS.items() if device.type in b.devices and _is_installed(b)), "reference"
-        )
+        name = next((n for n, b in _BACKENDS.items() if device.type in b.devices and _is_installed(b)), "reference")
     backend = _BACKENDS[name]
     module = importlib.import_module(backend.implementation.format(op))
     interpreted = device.type == "cpu" and getattr(module, "INTERPRETED", False)

@@ -37,9 +37,7 @@ def edge_rule(mode: str, height: int, width: int) -> Edge:
 
 def _check_dtype(op: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{op} takes float16, bfloat16, float32 or float64, not {x.dtype}: convert it, say by .float()"
-        )
+        raise TypeError(f"{op} takes float16, bfloat16, float32 or float64, not {x.dtype}: convert it, say by .float()")
 
 
 def _check_image(x: Tensor) -> None:

@@ -6,28 +6,34 @@ The three ops are linear and closed under differentiation, so nothing is saved b
 * the gradient of ``dwt2`` is ``dwt2_backward`` (its adjoint, edge rule included), whose gradient is ``dwt2``;
 * the gradient of ``idwt2`` is ``dwt2`` in mode ``"zero"``: what ``idwt2`` crops off has no gradient.
 
-``torch.func`` cannot transform an op with a Python gradient, and ``torch.compile`` cannot trace an
-``autograd.Function`` that has rules for ``torch.func``. So the rules are written once, as an
-``autograd.Function`` per op, and registered with the op; :func:`dwt2` and :func:`idwt2` take either.
+An op with a Python gradient has no forward-mode derivative (it drops the tangent) and ``torch.func`` cannot
+transform it; ``torch.compile`` cannot trace an ``autograd.Function`` that has such rules. So the rules are
+written once, as an ``autograd.Function`` per op, whose backward is registered with the op; :func:`dwt2` and
+:func:`idwt2` take the op, which is quicker, or the Function where it is needed.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from wavedp.ops.backend import requested_backend, use_backend
 from wavedp.ops.wavelet import LIBRARY, torch_library
 
 
-def _transformed() -> bool:
-    """Whether a ``torch.func`` transform (grad, vmap, jvp ...) is active."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def _transformed(*inputs: Tensor | None) -> bool:
+    """Whether a ``torch.func`` transform is active, or an input carries a forward-mode tangent."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or any(
+        unpack_dual(x).tangent is not None for x in inputs if x is not None
+    )
 
 
 def dwt2(x: Tensor, mode: str) -> Tensor:
-    """``torch.ops.wavedp.dwt2``, differentiable by ``torch.func`` too."""
-    apply: Any = _Dwt2.apply if _transformed() else torch.ops.wavedp.dwt2
+    """``torch.ops.wavedp.dwt2``, with forward-mode derivatives and for ``torch.func`` too."""
+    apply: Any = _Dwt2.apply if _transformed(x) else torch.ops.wavedp.dwt2
     bands: Tensor = apply(x, mode)
     return bands
 
@@ -35,14 +41,14 @@ def dwt2(x: Tensor, mode: str) -> Tensor:
 def idwt2(
     ll: Tensor | None, lh: Tensor | None, hl: Tensor | None, hh: Tensor | None, height: int, width: int
 ) -> Tensor:
-    """``torch.ops.wavedp.idwt2``, differentiable by ``torch.func`` too."""
-    apply: Any = _Idwt2.apply if _transformed() else torch.ops.wavedp.idwt2
+    """``torch.ops.wavedp.idwt2``, with forward-mode derivatives and for ``torch.func`` too."""
+    apply: Any = _Idwt2.apply if _transformed(ll, lh, hl, hh) else torch.ops.wavedp.idwt2
     x: Tensor = apply(ll, lh, hl, hh, height, width)
     return x
 
 
 def _dwt2_backward(bands: Tensor, mode: str, height: int, width: int) -> Tensor:
-    apply: Any = _Dwt2Backward.apply if _transformed() else torch.ops.wavedp.dwt2_backward
+    apply: Any = _Dwt2Backward.apply if _transformed(bands) else torch.ops.wavedp.dwt2_backward
     x: Tensor = apply(bands, mode, height, width)
     return x
 

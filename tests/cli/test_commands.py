@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands, one after the other on a small image folder, as a user would run them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import wavedp
+from wavedp.cli import COMMANDS, EXIT_ERROR, build_parser, main
+
+SIZES = ["--image-size", "16", "--channels", "1"]
+
+
+def run(*arguments: object) -> int:
+    return main([*map(str, arguments), *(["--no-progress"] if arguments[0] != "account" else [])])
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bright and dark squares, 40 of each, with a little noise."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name, level in (("bright", 220), ("dark", 40)):
+        (root / name).mkdir()
+        for i in range(40):
+            pixels = np.clip(level + rng.normal(0, 10, (20, 20)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tokenizer -> pretrain -> finetune, each checked to succeed."""
+    out = tmp_path_factory.mktemp("runs")
+    small = ["--width", 16, "--encoder-depth", 1, "--decoder-depth", 1, "--grid", 2, "--approximation-codes", 16]
+    assert run("tokenizer", "--data", pictures, "--out", out / "tok", *SIZES, *small, "--steps", 60) == 0
+    common = ["--data", pictures, "--tokenizer", out / "tok"]
+    model = ["--width", 16, "--depth", 1, "--heads", 2, "--steps", 60]
+    assert run("pretrain", *common, "--out", out / "pre", *model) == 0
+    privacy = ["--epsilon", 8, "--delta", 1e-3, "--max-records", 200, "--sample-rate", 0.25, "--steps", 6]
+    privacy += ["--expected-batch-size", 16, "--max-grad-norm", 1]
+    assert run("finetune", *common, "--model", out / "pre", "--out", out / "fine", *privacy) == 0
+    return out
+
+
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: wavedp {command}")
+        actions = build_parser()._subparsers._group_actions[0].choices[command]._actions
+        assert all(action.help for action in actions), command
+
+
+def test_training_leaves_models_logs_and_pictures(trained: Path):
+    for stage, files in {
+        "tok": ["config.json", "log.csv", "log.png", "reconstructions.png", "model/config.json"],
+        "pre": ["config.json", "log.csv", "log.png", "samples.png", "model/config.json"],
+        "fine": ["config.json", "log.csv", "log.png", "samples.png", "privacy.json", "privacy.txt", "ledger.jsonl"],
+    }.items():
+        for name in files:
+            assert (trained / stage / name).stat().st_size > 0, f"{stage}/{name}"
+    statement = json.loads((trained / "fine" / "privacy.json").read_text())
+    assert 7.92 <= statement["epsilon"] <= 8.0
+    assert statement["steps_charged"] == 6
+    assert statement["dataset_size_bound"] == 200
+
+
+def test_samples_are_images_of_the_asked_classes(trained: Path, tmp_path: Path):
+    out = tmp_path / "s"
+    arguments = ["--tokenizer", trained / "tok", "--model", trained / "fine", "--classes", "bright,dark", "--out", out]
+    assert run("sample", *arguments, "--num-images", 12, "--labels", "dark,bright", "--sr", "haar") == 0
+    names = sorted(str(p.relative_to(out)) for p in (out / "images").rglob("*.png"))
+    assert len(names) == 12
+    assert sum("/dark/" in n for n in names) == 6
+    first = Image.open(out / "images" / "dark" / "000000.png")
+    assert (first.size, first.mode) == ((16, 16), "L")
+    coarse = np.asarray(Image.open(out / "coarse" / "dark" / "000000.png"))
+    np.testing.assert_array_equal(np.asarray(first), coarse.repeat(4, 0).repeat(4, 1))
+    again = tmp_path / "again"
+    assert run("sample", "--pipeline", out, "--num-images", 12, "--labels", "dark,bright", "--out", again) == 0
+    for name in names:
+        assert (again / name).read_bytes() == (out / name).read_bytes()
+    loaded = wavedp.CoarseToFinePipeline.from_pretrained(out / "pipeline")
+    assert loaded.classes == ("bright", "dark")
+
+
+def test_upscale_keeps_classes_and_doubles_pixels(pictures: Path, tmp_path: Path):
+    arguments = ["--images", pictures, "--from-size", 20, "--to-size", 40, "--channels", 1, "--sr", "haar"]
+    assert run("upscale", *arguments, "--out", tmp_path) == 0
+    original = np.asarray(Image.open(pictures / "dark" / "0.png"))
+    written = sorted((tmp_path / "images" / "dark").glob("*.png"))
+    assert len(written) == 40
+    np.testing.assert_array_equal(np.asarray(Image.open(written[0])), original.repeat(2, 0).repeat(2, 1))
+
+
+def test_evaluate_finds_perfect_images_perfect(pictures: Path, tmp_path: Path):
+    common = ["--data", pictures, *SIZES, "--epochs", 6, "--num-seeds", 2]
+    assert run("evaluate", "--synthetic", pictures, *common, "--out", tmp_path / "good") == 0
+    metrics = json.loads((tmp_path / "good" / "metrics.json").read_text())
+    assert metrics["synthetic"]["accuracy"] >= 0.9
+    assert metrics["real_ceiling"]["accuracy"] >= 0.9
+    assert len(metrics["synthetic"]["runs"]) == 2
+    assert metrics["private"] is False
+
+
+def test_espcn_is_trained_and_used(pictures: Path, tmp_path: Path):
+    common = ["--data", pictures, *SIZES, "--scale", 2, "--steps", 8, "--batch-size", 4, "--width", 8]
+    assert run("espcn", *common, "--out", tmp_path / "sr") == 0
+    arguments = ["--images", pictures, "--from-size", 20, "--to-size", 40, "--channels", 1]
+    arguments += ["--sr", "espcn", "--sr-path", tmp_path / "sr" / "espcn", "--out", tmp_path / "up"]
+    assert run("upscale", *arguments) == 0
+    assert Image.open(next((tmp_path / "up" / "images").rglob("*.png"))).size == (40, 40)
+
+
+@pytest.mark.parametrize(
+    ("question", "field", "value"),
+    [
+        (["--noise-multiplier", 1.0, "--steps", 1000], "epsilon", 1.8282),
+        (["--epsilon", 1.8283, "--noise-multiplier", 1.0], "steps", 1000),
+        (["--epsilon", 2.0, "--steps", 1000], "epsilon", 2.0),
+    ],
+)
+def test_account_answers(question: list[object], field: str, value: float, capsys: pytest.CaptureFixture[str]):
+    assert run("account", "--sample-rate", 0.01, "--delta", 1e-5, "--json", *question) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer[field] == pytest.approx(value, rel=0.01)
+    assert answer["epsilon_lower_bound"] <= answer["epsilon"] <= answer["epsilon_rdp"]
+
+
+def test_a_run_is_repeated_by_its_command_and_refused_with_other_settings(
+    trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+):
+    common = ["--data", pictures, "--tokenizer", trained / "tok", "--out", trained / "pre"]
+    model = ["--width", 16, "--depth", 1, "--heads", 2]
+    assert run("pretrain", *common, *model, "--steps", 60) == 0
+    capsys.readouterr()
+    assert run("pretrain", *common, *model, "--steps", 61) == EXIT_ERROR
+    assert "steps differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tokenizer", "--data", "nowhere", "--out", "x"], "nowhere"),
+        (["tokenizer", "--data", "digits", "--out", "x", "--grid", "5"], "multiple of grid=5"),
+        (["tokenizer", "--data", "digits", "--out", "x", "--device", "cuda:99"], "--device cuda:99"),
+        (["pretrain", "--data", "digits", "--tokenizer", "nowhere", "--out", "x"], "holds no config.json"),
+        (["sample", "--out", "x"], "give --pipeline, or both"),
+        (["account", "--sample-rate", "0.1", "--delta", "1e-5", "--steps", "5"], "exactly two"),
+        (
+            [*"finetune --data digits --tokenizer a --model b --out x --epsilon 1 --delta 0.01".split(),
+             *"--max-records 1000 --sample-rate 0.1 --steps 5 --expected-batch-size 10".split()],
+            "must be below 1/dataset_size_bound",
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == EXIT_ERROR
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith(f"wavedp {arguments[0]}: error: ")
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["account", "--sample-rate", "1.5", "--delta", "1e-5"], "out of range: must be > 0 and <= 1"),
+        (["account", "--sample-rate", "nan", "--delta", "1e-5"], "out of range"),
+        (["tokenizer", "--data", "digits", "--out", "x", "--steps", "0"], "must be >= 1"),
+        (["tokenizer", "--data", "digits", "--out", "x", "--steps", "many"], "not a number of type int"),
+        (["tokenizer"], "--data"),
+        (["nothing"], "invalid choice"),
+    ],
+)
+def test_the_parser_says_what_was_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_bad_image_stops_or_is_counted(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "in" / "bright").mkdir(parents=True)
+    good = (pictures / "bright" / "0.png").read_bytes()
+    (tmp_path / "in" / "bright" / "good.png").write_bytes(good)
+    (tmp_path / "in" / "bright" / "cut.png").write_bytes(good[:60])
+    arguments = ["--images", tmp_path / "in", "--from-size", 20, "--to-size", 40, "--channels", 1]
+    assert run("upscale", *arguments, "--out", tmp_path / "a") == EXIT_ERROR
+    assert "cut.png" in capsys.readouterr().err
+    assert run("upscale", *arguments, "--out", tmp_path / "b", "--skip-bad") == 0
+    assert "skipped 1 unreadable" in capsys.readouterr().out
+    assert len(list((tmp_path / "b" / "images").rglob("*.png"))) == 1
