@@ -73,7 +73,9 @@ def test_it_comes_back_from_disk_the_same(pipeline: wavedp.CoarseToFinePipeline,
     loaded = wavedp.CoarseToFinePipeline.from_pretrained(tmp_path / "p")
     assert loaded.classes == CLASSES
     seeds = [torch.Generator().manual_seed(5) for _ in range(2)]
-    assert torch.equal(pipeline(num_images=4, generator=seeds[0]).images, loaded(num_images=4, generator=seeds[1]).images)
+    assert torch.equal(
+        pipeline(num_images=4, generator=seeds[0]).images, loaded(num_images=4, generator=seeds[1]).images
+    )
     replaced = wavedp.CoarseToFinePipeline.from_pretrained(
         tmp_path / "p", super_resolver=superres.load("bicubic", scale=2)
     )
@@ -105,7 +107,7 @@ def test_parts_that_do_not_belong_together_are_refused(pipeline: wavedp.CoarseTo
     other = SpectralTokenizer(SpectralTokenizerConfig(image_size=32, levels=2, grid=4, width=16, heads=2))
     with pytest.raises(ValueError, match="not trained together"):
         wavedp.CoarseToFinePipeline(other, pipeline.autoregressive, pipeline.super_resolver, classes=CLASSES)
-    with pytest.raises(FileNotFoundError, match="model_index.json"):
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
         wavedp.CoarseToFinePipeline.from_pretrained(tmp_path)
     (tmp_path / "model_index.json").write_text('{"pipeline": "Other"}')
     with pytest.raises(ValueError, match="does not describe a CoarseToFinePipeline"):

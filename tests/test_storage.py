@@ -76,7 +76,7 @@ def test_one_flipped_bit_is_noticed(tmp_path: Path, position: int):
 
 
 def test_what_is_missing_or_foreign_is_named(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         storage.load_folder(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not valid JSON"):

@@ -154,14 +154,21 @@ def test_a_run_is_repeated_by_its_command_and_refused_with_other_settings(
         (["sample", "--out", "x"], "give --pipeline, or both"),
         (["account", "--sample-rate", "0.1", "--delta", "1e-5", "--steps", "5"], "exactly two"),
         (
-            [*"finetune --data digits --tokenizer a --model b --out x --epsilon 1 --delta 0.01".split(),
-             *"--max-records 1000 --sample-rate 0.1 --steps 5 --expected-batch-size 10".split()],
+            [
+                *["finetune", "--data", "digits", "--tokenizer", "a", "--model", "b", "--out", "x", "--epsilon", "1"],
+                *["--delta", "0.01", "--max-records", "1000", "--sample-rate", "0.1", "--steps", "5"],
+                *["--expected-batch-size", "10"],
+            ],
             "must be below 1/dataset_size_bound",
         ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_sentence(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == EXIT_ERROR

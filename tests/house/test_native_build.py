@@ -59,9 +59,7 @@ def test_native_code_and_its_build_know_nothing_of_torch() -> None:
     for source in sources:
         included = re.findall(r'#include\s*[<"]([^>"]+)', source.read_text())
         assert not [name for name in included if name.startswith(("torch/", "ATen/", "c10/"))], source
-    imports = [
-        node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Import)
-    ]
+    imports = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Import)]
     assert "torch" not in {alias.name.partition(".")[0] for node in imports for alias in node.names}
 
 

@@ -34,7 +34,7 @@ class TinyTransformer(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        positions = torch.arange(ids.shape[1]).expand(ids.shape)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         h = self.token(ids) + self.position(positions) + self.label(labels)[:, None]
         q, k, v = self.qkv(self.norm(h)).chunk(3, -1)
         h = h + self.out((q @ k.mT / WIDTH**0.5).softmax(-1) @ v)

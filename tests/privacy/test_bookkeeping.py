@@ -29,9 +29,16 @@ def assert_sums_match(sums: dict[str, Tensor], grads: dict[str, Tensor], bound: 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("bound", [0.3, 3.0, 1e4])
 def test_exact_for_a_transformer(
-    transformer: Make, losses: Make, batch: Make, grad_samples: Make, dtype: torch.dtype, tolerance: float, bound: float
+    transformer: Make,
+    losses: Make,
+    batch: Make,
+    grad_samples: Make,
+    dtype: torch.dtype,
+    tolerance: float,
+    bound: float,
+    device: torch.device,
 ) -> None:
-    model, data = transformer(dtype), batch(5)
+    model, data = transformer(dtype).to(device), [part.to(device) for part in batch(5)]
     grads = grad_samples(model, data)
     with GradientBook(model) as book:
         sums = book.clipped_sums(losses(model, *data), FlatClipping(bound))
@@ -261,6 +268,20 @@ def test_refused_at_attach(model: nn.Module, words: list[str]) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_compiled_models_break_the_graph_at_booked_layers() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+    with GradientBook(model) as book:
+        expected = book.clipped_sums(model(x).sum(1), FlatClipping(1.0))
+        compiled = torch.compile(model, backend="aot_eager")
+        sums = book.clipped_sums(compiled(x).sum(1), FlatClipping(1.0))
+        assert all(torch.equal(sums[name], expected[name]) for name in expected)
+        torch._dynamo.reset()
+        whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with pytest.raises(RuntimeError):
+            whole(x)
+    torch._dynamo.reset()
+
+
 def test_frozen_batch_norm_is_refused_too() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).requires_grad_(False).eval())
     with pytest.raises(ValueError, match="BatchNorm1d"):
@@ -361,6 +382,13 @@ def test_records_that_mix_are_refused(linear: nn.Linear, first_half_silent: bool
             losses = losses * torch.tensor([0.0, 0.0, 1.0, 1.0])
         with pytest.raises(RuntimeError, match="depend on rows of other records"):
             book.clipped_sums(losses, FlatClipping(1.0))
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2, 3, 4], [0, 1, 3, 2, 4], [0, 1, 4, 3, 2]], ids=str)
+def test_losses_in_another_order_than_the_rows_are_refused(linear: nn.Linear, order: list[int]) -> None:
+    """Every pair of records is told apart, neighbours included."""
+    with GradientBook(linear) as book, pytest.raises(RuntimeError, match="order of the losses"):
+        book.clipped_sums(linear(torch.randn(5, 3)).sum(1)[order], FlatClipping(1.0))
 
 
 def test_mixing_behind_a_gate_is_found_when_the_gate_opens() -> None:

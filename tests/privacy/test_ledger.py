@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ledger charges what was started: through kill -9, torn lines, damage, forks and full disks."""
 
+import copy
 import errno
 import json
 import os
@@ -140,6 +141,22 @@ def test_damage_is_refused(filled: Path, spec: MakeSpec, edit: Callable[[list[by
     filled.write_bytes(b"".join(edit(filled.read_bytes().splitlines(keepends=True))))
     with pytest.raises(LedgerError, match="line"):
         PrivacyLedger(filled, spec(steps=100))
+
+
+def test_a_line_of_another_history_is_refused(filled: Path, spec: MakeSpec, tmp_path: Path) -> None:
+    """Counts that fit do not make a line belong: its predecessor's digest must."""
+    with PrivacyLedger(tmp_path / "other", spec(steps=100, expected_batch_size=9.0)) as ledger:
+        for steps in (10, 5, 20):
+            ledger.reserve(steps)
+    lines, others = (p.read_bytes().splitlines(keepends=True) for p in (filled, tmp_path / "other"))
+    filled.write_bytes(b"".join([*lines[:3], others[3]]))
+    with pytest.raises(LedgerError, match="does not follow"):
+        PrivacyLedger(filled, spec(steps=100))
+
+
+def test_copies_are_refused(filled: Path, spec: MakeSpec) -> None:
+    with PrivacyLedger(filled, spec(steps=100)) as ledger, pytest.raises(TypeError, match="copied"):
+        copy.deepcopy(ledger)
 
 
 def test_missing_folder(tmp_path: Path, spec: MakeSpec) -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The private step: one release, always noised and charged, divided by a public constant."""
 
+import copy
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,9 +57,9 @@ def test_micro_batches_add_up(spec: MakeSpec) -> None:
         assert (results[0] - other).abs().max() <= grid_step(spec().noise_stddev) / 8.0 + 1e-7
 
 
-def test_empty_batch_is_noise_of_the_right_size_on_the_grid(spec: MakeSpec) -> None:
+def test_empty_batch_is_noise_of_the_right_size_on_the_grid(spec: MakeSpec, device: torch.device) -> None:
     made = spec(noise_multiplier=2.0, max_grad_norm=0.5, expected_batch_size=4.0)
-    model = nn.Linear(500, 400).double()
+    model = nn.Linear(500, 400).double().to(device)
     before = flat(model)
     private = private_sgd(model, made)
     private.step()
@@ -335,6 +337,22 @@ def test_checkpoints_cannot_roll_a_ledger_back(spec: MakeSpec, tmp_path: Path) -
             fresh.load_state_dict(late)
     with pytest.raises(RuntimeError, match="pass it as ledger="):
         private_sgd(linear(), made).load_state_dict(late)
+
+
+def test_copies_and_forks_cannot_spend_the_same_reservation(spec: MakeSpec, tmp_path: Path) -> None:
+    with PrivacyLedger(tmp_path / "ledger", spec()) as ledger:
+        private = private_sgd(linear(), spec(), ledger=ledger)
+        private.step()
+        with pytest.raises(TypeError, match="copied"):
+            copy.deepcopy(private)
+        child = os.fork()
+        if child == 0:
+            try:
+                private.step()
+            except RuntimeError:
+                os._exit(17)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
 
 
 def test_ledger_of_another_spec_is_refused(spec: MakeSpec, tmp_path: Path) -> None:

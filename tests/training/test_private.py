@@ -93,9 +93,7 @@ def test_only_chosen_parameters_move(dataset: TensorImageDataset, tokenizer: Spe
     assert moved == {"class_embedding.weight", "norm.weight"}
 
 
-def test_a_finished_run_is_not_trained_again(
-    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path
-):
+def test_a_finished_run_is_not_trained_again(dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path):
     first = make_model()
     finetune_private(dataset, tokenizer, first, SPEC, CONFIG, tmp_path, progress=False)
     again = make_model()

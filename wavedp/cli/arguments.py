@@ -58,7 +58,7 @@ def add_run(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
     if out:
         group.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder to write into, or resume")
     group.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
-    group.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's own choice)")
+    group.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads; without it torch chooses")
     group.add_argument("--seed", type=bounded(int, minimum=0), default=0, help="seed of everything that is public")
     group.add_argument("--no-progress", action="store_true", help="no progress bar")
     group.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")

@@ -114,6 +114,7 @@ class SpectralTokenizer(nn.Module):
             self.coefficient_mean[s, :channels] = m.mean(dim=(0, 2, 3))
             self.coefficient_std[s, :channels] = m.std(dim=(0, 2, 3)).clamp_min(1e-3)
 
+    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, C, r, r] in [0, 1], at the resolution of k scales -> tokens [B, k * tokens_per_scale], int64.
 
@@ -123,6 +124,7 @@ class SpectralTokenizer(nn.Module):
         """
         return torch.cat([q.tokens for q in self._quantize(images)], dim=1)
 
+    @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens [B, k * tokens_per_scale] of the first k scales -> images [B, C, r_k, r_k] in [0, 1]."""
         if tokens.dim() != 2:

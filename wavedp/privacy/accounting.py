@@ -36,9 +36,7 @@ def gaussian_event(sample_rate: float, noise_multiplier: float, steps: int) -> "
     import dp_accounting
 
     gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
-    return dp_accounting.SelfComposedDpEvent(
-        dp_accounting.PoissonSampledDpEvent(sample_rate, gaussian), steps
-    )
+    return dp_accounting.SelfComposedDpEvent(dp_accounting.PoissonSampledDpEvent(sample_rate, gaussian), steps)
 
 
 def epsilon(*, sample_rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
@@ -58,9 +56,7 @@ def epsilon(*, sample_rate: float, noise_multiplier: float, steps: int, delta: f
     return _checked_epsilon(*_validated(sample_rate, noise_multiplier, steps, delta))
 
 
-def epsilon_bounds(
-    *, sample_rate: float, noise_multiplier: float, steps: int, delta: float
-) -> tuple[float, float]:
+def epsilon_bounds(*, sample_rate: float, noise_multiplier: float, steps: int, delta: float) -> tuple[float, float]:
     """Return a lower and an upper bound on the mechanism's epsilon; arguments and errors of :func:`epsilon`.
 
     The lower bound's error grows with steps times grid, so its grid is refined down to 1e-5 as steps grow;
@@ -111,9 +107,7 @@ def noise_multiplier_for(*, target_epsilon: float, sample_rate: float, steps: in
         guess = search(_FINE_INTERVAL)
     reached = _checked_epsilon(q, guess, steps, delta)
     if not 0.99 * target <= reached <= target:
-        raise RuntimeError(
-            f"calibration to epsilon {target} ended at {reached} with noise multiplier {guess}"
-        )
+        raise RuntimeError(f"calibration to epsilon {target} ended at {reached} with noise multiplier {guess}")
     return guess
 
 
@@ -232,9 +226,7 @@ def _bracket_by_rdp(target: float, q: float, steps: int, delta: float) -> tuple[
     while _rdp_epsilon(q, high, steps, delta) > target:
         high *= 2.0
         if high > _MAX_NOISE_MULTIPLIER:
-            raise ValueError(
-                f"target_epsilon={target} needs a noise multiplier above {_MAX_NOISE_MULTIPLIER}"
-            )
+            raise ValueError(f"target_epsilon={target} needs a noise multiplier above {_MAX_NOISE_MULTIPLIER}")
     low = high
     while low > _MIN_NOISE_MULTIPLIER and _rdp_epsilon(q, low, steps, delta) <= target:
         high, low = low, max(low / 1.5, _MIN_NOISE_MULTIPLIER)

@@ -100,6 +100,9 @@ class GradientBook:
             if module is not layer or not torch.is_grad_enabled():
                 output: Tensor = type(module).forward(module, *args, **kwargs)
                 return output
+            if torch.compiler.is_compiling():
+                # Under torch.compile a booked layer runs uncompiled, behind a graph break.
+                raise RuntimeError(f"layer {name!r} has a GradientBook attached: compile without fullgraph=True")
             (inputs,) = (*args, *kwargs.values())
             self._seen.add((name, inputs.ndim))
             output = rule.forward(layer, inputs)
@@ -126,9 +129,7 @@ class GradientBook:
             for call in layer_calls:
                 self._check_record_axis(name, call, len(losses))
         if probing:
-            unverified = {
-                (n, c.inputs.ndim) for n, cs in calls.items() for c in cs if _nonzero(c.output_grads)
-            }
+            unverified = {(n, c.inputs.ndim) for n, cs in calls.items() for c in cs if _nonzero(c.output_grads)}
             if unverified - self._verified:
                 self._verify_records_independent(losses)
         return calls
@@ -142,27 +143,35 @@ class GradientBook:
             self._calls = None
 
     def _verify_records_independent(self, losses: Tensor) -> None:
-        """Differentiate each half of the losses alone: no row of the other half may receive a gradient.
+        """Differentiate parts of the losses alone: no row outside the part may receive a gradient.
 
         It catches an input whose first axis only happens to have B entries (position ids of shape [T] when
-        T = B), and every differentiable path between records. Done once per layer and rank of its input.
+        T = B), rows in another order than the losses, and every differentiable path between records. The
+        parts are the records whose number has bit k set, or not set, for every k, so that any two records are
+        told apart. Done once per layer and rank of its input.
         """
         rows = torch.arange(len(losses), device=losses.device)
-        for half in (rows < len(losses) // 2, rows >= len(losses) // 2):
-            calls = self._collect(losses, half.to(losses.dtype), retain_graph=True)
-            for name, layer_calls in calls.items():
-                for call in layer_calls:
-                    self._check_record_axis(name, call, len(losses))
-                    if _nonzero(call.output_grads[~half.to(call.output_grads.device)]):
-                        raise RuntimeError(
-                            f"layer {name!r}: the losses of some records depend on rows of other records, "
-                            f"so no record's contribution can be bounded; give every booked layer an input "
-                            f"whose first axis is the record axis (expand shared inputs such as position "
-                            f"ids to [B, T]), and remove what mixes records (batch statistics, in-batch "
-                            f"negatives)"
-                        )
-                    if _nonzero(call.output_grads):
-                        self._verified.add((name, call.inputs.ndim))
+        reached: set[tuple[str, int]] = set()
+        for bit in range((len(losses) - 1).bit_length()):
+            for value in (0, 1):
+                part = (rows >> bit) & 1 == value
+                calls = self._collect(losses, part.to(losses.dtype), retain_graph=True)
+                for name, layer_calls in calls.items():
+                    for call in layer_calls:
+                        self._check_rows_outside(name, call, ~part.to(call.output_grads.device))
+                        if _nonzero(call.output_grads):
+                            reached.add((name, call.inputs.ndim))
+        self._verified |= reached
+
+    def _check_rows_outside(self, name: str, call: Call, outside: Tensor) -> None:
+        self._check_record_axis(name, call, len(outside))
+        if _nonzero(call.output_grads[outside]):
+            raise RuntimeError(
+                f"layer {name!r}: the losses of some records depend on rows of other records, so no record's "
+                f"contribution can be bounded; give every booked layer an input whose first axis is the record "
+                f"axis, in the order of the losses (expand shared inputs such as position ids to [B, T]), and "
+                f"remove what mixes records (batch statistics, in-batch negatives)"
+            )
 
     def _check_record_axis(self, name: str, call: Call, records: int) -> None:
         layer, rule = self._layers[name]
@@ -183,9 +192,7 @@ class GradientBook:
                 f"record; use reduction='none' and average over each record's own tokens"
             )
         if not losses.requires_grad:
-            raise ValueError(
-                "losses have no graph: compute them with gradients enabled from the attached model"
-            )
+            raise ValueError("losses have no graph: compute them with gradients enabled from the attached model")
         if _identities(trainable_parameters(self.model)) != _identities(self.parameters):
             raise RuntimeError(
                 "the model's trainable parameters changed after the GradientBook was attached; freeze, "
@@ -193,9 +200,7 @@ class GradientBook:
             )
         filled = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
         if filled:
-            raise RuntimeError(
-                f"parameters {filled} already have a .grad before the backward; set it to None"
-            )
+            raise RuntimeError(f"parameters {filled} already have a .grad before the backward; set it to None")
 
     def _check_after(self) -> None:
         filled = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
@@ -206,20 +211,14 @@ class GradientBook:
                 f"freeze the parameter"
             )
         for name, (buffer, version) in saved_buffers(self.model).items():
-            if (
-                name not in self._buffers
-                or self._buffers[name][0] is not buffer
-                or self._buffers[name][1] != version
-            ):
+            if name not in self._buffers or self._buffers[name][0] is not buffer or self._buffers[name][1] != version:
                 raise RuntimeError(
                     f"buffer {name!r} changed since the GradientBook was attached: a buffer that the "
                     f"forward updates would publish private data without noise; make it non-persistent or "
                     f"stop updating it (moving the model must come before attaching)"
                 )
 
-    def _clip(
-        self, calls: dict[str, list[Call]], losses: Tensor, clipping: FlatClipping
-    ) -> dict[str, Tensor]:
+    def _clip(self, calls: dict[str, list[Call]], losses: Tensor, clipping: FlatClipping) -> dict[str, Tensor]:
         gradients: dict[str, PerSampleGradient] = {}
         squared_norms = torch.zeros(len(losses), dtype=torch.float64, device=losses.device)
         while calls:
@@ -247,9 +246,7 @@ class _Tap(torch.autograd.Function):
     """The identity in the forward; books a layer's input and output gradient in the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, anchor: Tensor, inputs: Tensor, book: GradientBook, name: str
-    ) -> Tensor:
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, inputs: Tensor, book: GradientBook, name: str) -> Tensor:
         # Marked as changed in place: the result is then no view, and an in-place activation may follow.
         ctx.mark_dirty(output)
         ctx.save_for_backward(inputs)

@@ -57,10 +57,9 @@ class FlatClipping:
         gradient by it would give NaN. Factors too small for a normal number of ``dtype`` become 0 as well.
         """
         ratio = self.max_grad_norm / squared_norms.double().sqrt() * _ROUND_DOWN[dtype]
-        # C / 0 is infinite and stays unclipped; NaN fails every comparison and ends as 0.
+        # C / 0 is infinite and stays unclipped; C / inf is 0; NaN fails both comparisons and ends as 0.
         factors = torch.where(ratio >= 1.0, torch.ones_like(ratio), ratio)
-        usable = torch.isfinite(squared_norms) & (factors >= torch.finfo(dtype).tiny)
-        return torch.where(usable, factors, torch.zeros_like(factors)).to(dtype)
+        return torch.where(factors >= torch.finfo(dtype).tiny, factors, torch.zeros_like(factors)).to(dtype)
 
     def sensitivity(self) -> float:
         """Return the l2 sensitivity of the sum under add-or-remove-one, float32 summation included."""

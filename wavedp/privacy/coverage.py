@@ -62,8 +62,7 @@ def _rule(name: str, module: nn.Module, trainable: set[str]) -> LayerRule:
         )
     if "forward" in vars(module):
         raise ValueError(
-            f"{title} has a forward of its own (another GradientBook or a hook library is attached); detach "
-            f"it"
+            f"{title} has a forward of its own (another GradientBook or a hook library is attached); detach it"
         )
     refusal = rule.refusal(module)
     if refusal is not None:
@@ -72,6 +71,8 @@ def _rule(name: str, module: nn.Module, trainable: set[str]) -> LayerRule:
 
 
 def _refuse_cross_record(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"module {name!r} is a {type(module).__name__}: pass the model itself, on one device")
     tracks = isinstance(module, _InstanceNorm) and module.track_running_stats
     named = any("BatchNorm" in kind.__name__ for kind in type(module).__mro__)
     if isinstance(module, _BatchNorm) or named or tracks:

@@ -57,9 +57,12 @@ class LinearRule:
         return 2
 
     def gradients(self, layer: nn.Linear, calls: list[Call]) -> dict[str, PerSampleGradient]:
-        a = torch.cat([_tokens(call.inputs, 1) for call in calls], dim=1)
-        g = torch.cat([_tokens(call.output_grads, 1) for call in calls], dim=1)
-        return {"weight": OuterProducts(a, g), "bias": Materialised(g.sum(1, dtype=torch.float64))}
+        a = _joined([_tokens(call.inputs, 1) for call in calls])
+        g = _joined([_tokens(call.output_grads, 1) for call in calls])
+        gradients: dict[str, PerSampleGradient] = {"weight": OuterProducts(a, g)}
+        if layer.bias is not None:
+            gradients["bias"] = Materialised(g.sum(1, dtype=torch.float64))
+        return gradients
 
 
 class EmbeddingRule:
@@ -69,9 +72,7 @@ class EmbeddingRule:
 
     def refusal(self, layer: nn.Embedding) -> str | None:
         if layer.max_norm is not None:
-            return (
-                "max_norm rewrites weights in the forward, unprotected by noise; build it with max_norm=None"
-            )
+            return "max_norm rewrites weights in the forward, unprotected by noise; build it with max_norm=None"
         if layer.scale_grad_by_freq:
             return "scale_grad_by_freq couples the records of a batch; build it with scale_grad_by_freq=False"
         if layer.sparse:
@@ -85,8 +86,8 @@ class EmbeddingRule:
         return 1
 
     def gradients(self, layer: nn.Embedding, calls: list[Call]) -> dict[str, PerSampleGradient]:
-        ids = torch.cat([_tokens(call.inputs, 0) for call in calls], dim=1)
-        g = torch.cat([_tokens(call.output_grads, 1) for call in calls], dim=1)
+        ids = _joined([_tokens(call.inputs, 0) for call in calls])
+        g = _joined([_tokens(call.output_grads, 1) for call in calls])
         return {"weight": RowScatter(ids, g, layer.num_embeddings, layer.padding_idx)}
 
 
@@ -156,6 +157,11 @@ def rule_for(layer: nn.Module) -> LayerRule | None:
 
 def _detached(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.detach()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Concatenate along the token axis; a single call, the usual case, is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _tokens(x: Tensor, trailing: int) -> Tensor:

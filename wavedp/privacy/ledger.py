@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from wavedp.privacy.spec import PrivacySpec
 from wavedp.privacy.validation import check_integer
@@ -52,9 +52,7 @@ class PrivacyLedger:
         self._process = os.getpid()
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"folder {self.path.parent} of the privacy ledger does not exist")
-        self._file: int | None = os.open(
-            self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-        )
+        self._file: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             self._lock()
             self._replay()
@@ -110,15 +108,16 @@ class PrivacyLedger:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a PrivacyLedger cannot be copied or pickled: two writers would break its chain")
+
     def _lock(self) -> None:
         import fcntl
 
         try:
             fcntl.flock(self._handle(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise LedgerError(
-                f"{self.path} is in use by another run; two runs cannot share a ledger"
-            ) from error
+            raise LedgerError(f"{self.path} is in use by another run; two runs cannot share a ledger") from error
 
     def _replay(self) -> None:
         content = self._read()
@@ -150,9 +149,7 @@ class PrivacyLedger:
                 raise self._damaged(number, "is not a consistent reservation")
             self._charged = charged
             if self._charged > self.spec.steps:
-                raise self._damaged(
-                    number, f"charges more than the {self.spec.steps} steps of the specification"
-                )
+                raise self._damaged(number, f"charges more than the {self.spec.steps} steps of the specification")
         self._digests.append(entry["digest"])
 
     def _match_spec(self, recorded: dict[str, Any]) -> None:
@@ -226,9 +223,7 @@ class PrivacyLedger:
         return self._file
 
     def _damaged(self, number: int, reason: str) -> LedgerError:
-        return LedgerError(
-            f"{self.path}, line {number} {reason}; what was spent is not known, so the run cannot go on"
-        )
+        return LedgerError(f"{self.path}, line {number} {reason}; what was spent is not known, so the run cannot go on")
 
 
 def _digest(entry: dict[str, Any]) -> str:

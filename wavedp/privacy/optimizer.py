@@ -5,8 +5,9 @@ One logical (Poisson) batch is zero or more calls of :meth:`PrivateOptimizer.bac
 micro-batch, followed by one :meth:`PrivateOptimizer.step`, which is the only release.
 """
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -65,20 +66,17 @@ class PrivateOptimizer:
         without_privacy: bool = False,
     ) -> None:
         if spec.noise_multiplier == 0.0 and not without_privacy:
-            raise ValueError(
-                "noise_multiplier is 0, which is not private; pass without_privacy=True if it is meant"
-            )
+            raise ValueError("noise_multiplier is 0, which is not private; pass without_privacy=True if it is meant")
         if ledger is not None and ledger.spec != spec:
             raise LedgerError(f"{ledger.path} was opened for another specification than the optimizer's")
         if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS evaluates the loss several times per step, each of which would be a release"
-            )
+            raise ValueError("LBFGS evaluates the loss several times per step, each of which would be a release")
         self.spec = spec
         self.optimizer = optimizer
         self.ledger = ledger
         self._reserve_steps = check_integer("reserve_steps", reserve_steps, at_least=1)
         self._entropy = Entropy(insecure_seed, "noise")
+        self._process = os.getpid()
         self._charged = 0 if ledger is None else ledger.charged
         self._reserved = 0
         self._started = 0
@@ -100,6 +98,9 @@ class PrivateOptimizer:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a PrivateOptimizer cannot be copied or pickled: both would spend the same reserved steps")
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's groups; learning rates may be changed, parameters may not."""
@@ -118,9 +119,7 @@ class PrivateOptimizer:
     @property
     def steps_left(self) -> int:
         """Steps that may still be started."""
-        return (
-            self.spec.steps - self._charged if self.ledger is None else self.ledger.remaining + self._reserved
-        )
+        return self.spec.steps - self._charged if self.ledger is None else self.ledger.remaining + self._reserved
 
     @property
     def insecure(self) -> bool:
@@ -168,9 +167,7 @@ class PrivateOptimizer:
         """
         self._check_open()
         if closure is not None:
-            raise RuntimeError(
-                "step() takes no closure: it would recompute gradients without clipping and noise"
-            )
+            raise RuntimeError("step() takes no closure: it would recompute gradients without clipping and noise")
         self._check_groups()
         self._begin_step()
         try:
@@ -234,9 +231,7 @@ class PrivateOptimizer:
                     f"checkpoint or belongs to another run"
                 )
         elif state["ledger_head"] is not None:
-            raise RuntimeError(
-                "the checkpoint was made with a privacy ledger; open it and pass it as ledger="
-            )
+            raise RuntimeError("the checkpoint was made with a privacy ledger; open it and pass it as ledger=")
         self._charged = max(self._charged, int(state["steps_charged"]))
         self.optimizer.load_state_dict(dict(state["optimizer"]))
 
@@ -250,6 +245,8 @@ class PrivateOptimizer:
         """Charge one step, durably, before anything of it happens; once per logical batch."""
         if self._in_step:
             return
+        if os.getpid() != self._process:
+            raise RuntimeError("this PrivateOptimizer belongs to another process; build it after forking")
         if self.steps_left < 1:
             raise RuntimeError(
                 f"privacy budget exhausted: all {self.spec.steps} steps of the specification are charged"
@@ -316,9 +313,7 @@ class PrivateOptimizer:
 
     def _refuse_direct_step(self, optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._releasing:
-            raise RuntimeError(
-                "the wrapped optimizer must not be stepped directly; call PrivateOptimizer.step()"
-            )
+            raise RuntimeError("the wrapped optimizer must not be stepped directly; call PrivateOptimizer.step()")
 
     def _check_open(self) -> None:
         if not self._book.attached:

@@ -47,9 +47,7 @@ class PoissonSampler:
         TypeError, ValueError: an argument of a wrong type or out of range.
     """
 
-    def __init__(
-        self, num_records: int, sample_rate: float, steps: int, *, insecure_seed: int | None = None
-    ) -> None:
+    def __init__(self, num_records: int, sample_rate: float, steps: int, *, insecure_seed: int | None = None) -> None:
         self.num_records = check_integer("num_records", num_records)
         self.sample_rate = check_real("sample_rate", sample_rate, above=0.0, at_most=1.0)
         self.steps = check_integer("steps", steps)

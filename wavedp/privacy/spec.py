@@ -54,9 +54,7 @@ class PrivacySpec:
         checked = {
             "sample_rate": check_real("sample_rate", self.sample_rate, above=0.0, at_most=1.0),
             "steps": check_integer("steps", self.steps, at_least=1, at_most=10**8),
-            "noise_multiplier": check_real(
-                "noise_multiplier", self.noise_multiplier, at_least=0.0, at_most=1e6
-            ),
+            "noise_multiplier": check_real("noise_multiplier", self.noise_multiplier, at_least=0.0, at_most=1e6),
             "max_grad_norm": FlatClipping(self.max_grad_norm).max_grad_norm,
             "expected_batch_size": check_real("expected_batch_size", self.expected_batch_size, above=0.0),
             "delta": check_real("delta", self.delta, above=0.0, below=1.0),
@@ -164,8 +162,7 @@ class PrivacySpec:
         names = {field.name for field in fields(cls)}
         if set(values) != names:
             raise ValueError(
-                f"not a PrivacySpec: missing {sorted(names - set(values))}, unknown "
-                f"{sorted(set(values) - names)}"
+                f"not a PrivacySpec: missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}"
             )
         return cls(**values)
 

@@ -24,11 +24,9 @@ ASSUMPTIONS = (
     "Only the parameters after each step are released. Losses, gradient norms, validation scores, timings, "
     "batch sizes and the number of records are computed from private data without protection and are not "
     "covered.",
-    "Labels and prompts used for sampling from the model are public or balanced, not counted from the "
-    "private data.",
+    "Labels and prompts used for sampling from the model are public or balanced, not counted from the private data.",
     "Settings were not tuned on the private data, or the runs that tuned them are charged separately.",
-    "Randomness comes from the operating system's generator; the machine, its memory and its timing are "
-    "trusted.",
+    "Randomness comes from the operating system's generator; the machine, its memory and its timing are trusted.",
 )
 """What the guarantee rests on beyond what the code enforces."""
 
@@ -154,9 +152,7 @@ class PrivacyStatement:
 def _refuse_unfit(private: PrivateOptimizer, sampler: PoissonSampler) -> None:
     spec = private.spec
     if private.insecure or sampler.insecure:
-        raise RuntimeError(
-            "insecure_seed was used: noise or batches can be reproduced, so there is no guarantee"
-        )
+        raise RuntimeError("insecure_seed was used: noise or batches can be reproduced, so there is no guarantee")
     if spec.noise_multiplier == 0.0:
         raise RuntimeError("not private: noise_multiplier is 0")
     if private.pending:
@@ -164,9 +160,7 @@ def _refuse_unfit(private: PrivateOptimizer, sampler: PoissonSampler) -> None:
     if private.steps_charged == 0:
         raise RuntimeError("no step was charged: there is no private training to make a statement about")
     if sampler.sample_rate != spec.sample_rate:
-        raise RuntimeError(
-            f"the sampler drew at {sampler.sample_rate}, the accounting is for {spec.sample_rate}"
-        )
+        raise RuntimeError(f"the sampler drew at {sampler.sample_rate}, the accounting is for {spec.sample_rate}")
     if sampler.num_records > spec.dataset_size_bound:
         raise RuntimeError(f"the data set has more records than dataset_size_bound={spec.dataset_size_bound}")
     skipped = sampler.drawn - private.steps_started
@@ -190,13 +184,10 @@ def _noise_mode(std: float) -> str:
 def _warnings(private: PrivateOptimizer) -> tuple[str, ...]:
     found = []
     if private.ledger is None:
-        found.append(
-            "No ledger was used: if an earlier attempt of this run was lost, it is not charged here."
-        )
+        found.append("No ledger was used: if an earlier attempt of this run was lost, it is not charged here.")
     if private.steps_charged < private.spec.steps:
         found.append(
-            f"The run stopped after {private.steps_charged} of {private.spec.steps} steps; epsilon is for "
-            f"all of them."
+            f"The run stopped after {private.steps_charged} of {private.spec.steps} steps; epsilon is for all of them."
         )
     return tuple(found)
 
