@@ -34,8 +34,9 @@ types: $(VENV)/dev.stamp ## mypy --strict on an installed copy, where kernels/ i
 	$(BIN)/python setup.py -q build_py --build-lib build/types
 	cd build/types && $(BIN)/mypy --config-file ../../pyproject.toml -p wavedp
 
-bench: $(VENV)/dev.stamp ## time every op beside its rivals: benchmarks/results/*.csv
+bench: $(VENV)/dev.stamp ## time every op beside its rivals: CSV and plots in benchmarks/results
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/plot.py benchmarks/results/*.csv
 	$(BIN)/pytest benchmarks --import-mode=prepend --benchmark-enable
 
 clean: ## remove the environment, the build and the caches; runs/ stays
@@ -48,4 +49,4 @@ $(VENV)/%.stamp: $(BUILT_FROM)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch triton setuptools pybind11 ninja
 	$(PIP) --no-build-isolation -e '.[$*]'
-	touch $(VENV)/demo.stamp $@
+	touch $(sort $(VENV)/demo.stamp $@)

@@ -2,6 +2,10 @@
 """The commands, one after the other on a small image folder, as a user would run them."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,8 @@ import pytest
 from PIL import Image
 
 import wavedp
-from wavedp.cli import COMMANDS, EXIT_ERROR, build_parser, main
+from wavedp.cli import COMMANDS, EXIT_ERROR, EXIT_INTERRUPTED, build_parser, main
+from wavedp.storage import read_json
 
 SIZES = ["--image-size", "16", "--channels", "1"]
 
@@ -207,3 +212,24 @@ def test_a_bad_image_stops_or_is_counted(pictures: Path, tmp_path: Path, capsys:
     assert run("upscale", *arguments, "--out", tmp_path / "b", "--skip-bad") == 0
     assert "skipped 1 unreadable" in capsys.readouterr().out
     assert len(list((tmp_path / "b" / "images").rglob("*.png"))) == 1
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_continues(pictures: Path, tmp_path: Path):
+    """A real process, a real SIGINT in the middle of training."""
+    command = [sys.executable, "-m", "wavedp", "tokenizer", "--data", str(pictures), "--out", str(tmp_path / "tok")]
+    command += [*SIZES, "--width", "16", "--grid", "2", "--steps", "100000", "--no-progress", "--threads", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "tok" / "log.csv").exists():  # the first step was logged
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert "continues from its checkpoint" in error
+    assert "Traceback" not in error
+    done = read_json(tmp_path / "tok" / "checkpoint" / "config.json")["step"]
+    assert done >= 1
+    folder = read_json(tmp_path / "tok" / "config.json")
+    assert folder["steps"] == 100000

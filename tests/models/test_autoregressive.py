@@ -70,6 +70,16 @@ def test_the_cache_gives_what_a_full_pass_gives():
         torch.testing.assert_close(generated[:, t], expected)
 
 
+def test_every_device_gives_the_same_losses_and_greedy_tokens(device: torch.device):
+    model = make()
+    tokens, labels = tokens_for(model, 5), torch.tensor([0, 1, 2, 0, 3])
+    losses, greedy = model.loss(tokens, labels), model.generate(labels, temperature=0)
+    model.to(device)
+    got = model.loss(tokens.to(device), labels.to(device)).cpu()
+    torch.testing.assert_close(got, losses, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.generate(labels.to(device), temperature=0).cpu(), greedy)
+
+
 def test_a_token_never_sees_the_future():
     model = make()
     tokens, labels = tokens_for(model, 1), torch.tensor([1])

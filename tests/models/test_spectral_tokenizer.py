@@ -152,6 +152,17 @@ def test_it_learns_to_reconstruct():
     assert error < 0.1 * images.var()
 
 
+def test_every_device_gives_the_same_tokens_and_images(device: torch.device):
+    model = make()
+    images = torch.rand(8, 1, 16, 16)
+    tokens = model.encode(images)
+    decoded = model.decode(tokens)
+    model.to(device)
+    agree = (model.encode(images.to(device)).cpu() == tokens).float().mean()
+    assert agree > 0.95  # a tie between two codes may fall the other way by rounding
+    torch.testing.assert_close(model.decode(tokens.to(device)).cpu(), decoded, rtol=1e-4, atol=1e-4)
+
+
 def test_a_batch_of_none_is_a_batch_of_none():
     model = make()
     tokens = model.encode(torch.empty(0, 1, 16, 16))

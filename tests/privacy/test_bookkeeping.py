@@ -2,6 +2,7 @@
 """Book-keeping is exact against vmap(grad), and refuses whatever it cannot bound."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -389,6 +390,16 @@ def test_losses_in_another_order_than_the_rows_are_refused(linear: nn.Linear, or
     """Every pair of records is told apart, neighbours included."""
     with GradientBook(linear) as book, pytest.raises(RuntimeError, match="order of the losses"):
         book.clipped_sums(linear(torch.randn(5, 3)).sum(1)[order], FlatClipping(1.0))
+
+
+def test_one_record_looking_at_one_other_is_refused(linear: nn.Linear) -> None:
+    for reader, read in itertools.permutations(range(5), 2):
+        with GradientBook(linear) as book:
+            own = linear(torch.randn(5, 3)).sum(1)
+            look = torch.zeros(5)
+            look[reader] = 0.1
+            with pytest.raises(RuntimeError, match="depend on rows of other records"):
+                book.clipped_sums(own + look * own[read], FlatClipping(1.0))
 
 
 def test_mixing_behind_a_gate_is_found_when_the_gate_opens() -> None:

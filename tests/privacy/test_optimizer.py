@@ -82,7 +82,7 @@ def test_noise_is_fresh_for_every_step_and_tensor(spec: MakeSpec) -> None:
         private.step()
         rows += list((before - flat(model)).reshape(4, -1))
     correlation = torch.corrcoef(torch.stack(rows)) - torch.eye(20, dtype=torch.float64)
-    assert correlation.abs().max() < 6.0 / math.sqrt(1600)
+    assert correlation.abs().max() < 6.5 / math.sqrt(1600)  # 190 pairs, 2e-8 in all
 
 
 def test_low_precision_parameters_get_full_precision_noise(spec: MakeSpec) -> None:
@@ -257,6 +257,7 @@ def test_adam_trains_under_little_noise(spec: MakeSpec) -> None:
         x = torch.randn(64, 4)
         private.backward((model(x) - x @ target).square().sum(1))
         private.step()
+
     assert (model.weight.detach().T - target).abs().max() < 0.15
 
 

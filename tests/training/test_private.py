@@ -67,9 +67,9 @@ def test_tokens_come_from_the_coarse_image_alone(dataset: TensorImageDataset, to
 
 
 def test_a_run_leaves_model_ledger_and_statement(
-    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path, device: torch.device
 ):
-    model = make_model()
+    model, tokenizer = make_model().to(device), tokenizer.to(device)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     statement = finetune_private(dataset, tokenizer, model, SPEC, CONFIG, tmp_path, progress=False)
     assert statement.steps_charged == statement.steps_planned == 8
@@ -78,7 +78,7 @@ def test_a_run_leaves_model_ledger_and_statement(
     assert "Privacy statement" in (tmp_path / "privacy.txt").read_text()
     saved = load_autoregressive(tmp_path / "model").state_dict()
     for name, value in model.state_dict().items():
-        assert torch.equal(saved[name], value), name
+        assert torch.equal(saved[name], value.cpu()), name
         assert not torch.equal(value, before[name]), name
     with PrivacyLedger(tmp_path / "ledger.jsonl", SPEC) as ledger:
         assert ledger.remaining == 0

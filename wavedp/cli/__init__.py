@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except KeyboardInterrupt:
         print(
-            "\nwavedp: stopped; the checkpoint is on disk, and the same command continues from it",
+            "\nwavedp: stopped; a training command continues from its checkpoint when run again",
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED
