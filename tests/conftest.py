@@ -11,13 +11,12 @@ from typing import Any
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The number of threads decides the order in which CPU sums are taken: one, so that a tolerance met on one machine
+# is met on the next. Read by OpenMP when torch is imported, here and in every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-
-# The number of threads decides the order in which CPU sums are taken: the same everywhere, so that a
-# tolerance met on one machine is met on the next.
-torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 LOOPBACK = ("127.", "::1", "localhost")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pipeline: labels in, images out, repeatable, saved without pickles."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,14 @@ def test_it_comes_back_from_disk_the_same(pipeline: wavedp.CoarseToFinePipeline,
 def test_bad_calls_are_refused(pipeline: wavedp.CoarseToFinePipeline, call: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
         pipeline(**call)
+
+
+def test_classes_are_the_models_own_names_or_numbers(pipeline: wavedp.CoarseToFinePipeline):
+    unnamed = wavedp.CoarseToFinePipeline(pipeline.tokenizer, pipeline.autoregressive, pipeline.super_resolver)
+    assert unnamed.classes == ("0", "1", "2")
+    config = replace(pipeline.autoregressive.config, class_names=("x", "y", "z"))
+    named = AutoregressiveTransformer(config)
+    assert wavedp.CoarseToFinePipeline(pipeline.tokenizer, named, pipeline.super_resolver).classes == ("x", "y", "z")
 
 
 def test_parts_that_do_not_belong_together_are_refused(pipeline: wavedp.CoarseToFinePipeline, tmp_path: Path):

@@ -34,8 +34,9 @@ class CoarseToFineOutput:
 class CoarseToFinePipeline:
     """A tokenizer, an autoregressive model over its coarse tokens, and a public super-resolution model.
 
-    ``classes`` names the labels. Sampling reads no private data: everything it does is post-processing of the
-    weights, provided that the labels asked for are public choices or come from a charged histogram.
+    ``classes`` names the labels; by default as the model was trained, or by their numbers. Sampling reads no private
+    data: everything it does is post-processing of the weights, provided that the labels asked for are public choices
+    or come from a charged histogram.
     """
 
     def __init__(
@@ -44,8 +45,11 @@ class CoarseToFinePipeline:
         autoregressive: AutoregressiveTransformer,
         super_resolver: SuperResolver,
         *,
-        classes: Sequence[str],
+        classes: Sequence[str] | None = None,
     ) -> None:
+        if classes is None:
+            config = autoregressive.config
+            classes = config.class_names or [str(label) for label in range(config.num_classes)]
         if len(classes) != autoregressive.config.num_classes:
             raise ValueError(f"{len(classes)} class names for a model of {autoregressive.config.num_classes} classes")
         if autoregressive.config.tokens_per_scale != tokenizer.layout.tokens_per_scale:

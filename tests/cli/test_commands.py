@@ -78,7 +78,7 @@ def test_training_leaves_models_logs_and_pictures(trained: Path):
 
 def test_samples_are_images_of_the_asked_classes(trained: Path, tmp_path: Path):
     out = tmp_path / "s"
-    arguments = ["--tokenizer", trained / "tok", "--model", trained / "fine", "--classes", "bright,dark", "--out", out]
+    arguments = ["--tokenizer", trained / "tok", "--model", trained / "fine", "--out", out]
     assert run("sample", *arguments, "--num-images", 12, "--labels", "dark,bright", "--sr", "haar") == 0
     names = sorted(str(p.relative_to(out)) for p in (out / "images").rglob("*.png"))
     assert len(names) == 12

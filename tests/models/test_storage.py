@@ -26,7 +26,9 @@ def tokenizer() -> SpectralTokenizer:
 
 @pytest.fixture
 def model() -> AutoregressiveTransformer:
-    return AutoregressiveTransformer(AutoregressiveConfig(2, 4, 1, 5, 5, width=8, depth=1, heads=2))
+    return AutoregressiveTransformer(
+        AutoregressiveConfig(2, 4, 1, 5, 5, width=8, depth=1, heads=2, class_names=("a", "b"))
+    )
 
 
 def test_models_round_trip_bit_for_bit(tmp_path: Path, tokenizer: SpectralTokenizer, model: AutoregressiveTransformer):

@@ -75,6 +75,7 @@ def test_a_run_leaves_model_ledger_and_statement(
     assert statement.steps_charged == statement.steps_planned == 8
     assert statement.epsilon == SPEC.epsilon()
     assert json.loads((tmp_path / "privacy.json").read_text())["epsilon"] == statement.epsilon
+    assert "The list of classes is public." in statement.assumptions
     assert "Privacy statement" in (tmp_path / "privacy.txt").read_text()
     saved = load_autoregressive(tmp_path / "model").state_dict()
     for name, value in model.state_dict().items():
@@ -150,6 +151,14 @@ def test_an_empty_private_set_runs_the_same_path(tokenizer: SpectralTokenizer, t
         torch.zeros(0, 1, 16, 16, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), classes=("a", "b"), name="none"
     )
     assert finetune_private(empty, tokenizer, make_model(), SPEC, CONFIG, tmp_path, progress=False).steps_charged == 8
+
+
+def test_classes_in_another_order_are_refused(
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path
+):
+    config = AutoregressiveConfig(2, 4, 1, 256, 256, width=16, depth=1, heads=2, class_names=("b", "a"))
+    with pytest.raises(ValueError, match=r"\['a', 'b'\], are not the model's, \['b', 'a'\]"):
+        finetune_private(dataset, tokenizer, AutoregressiveTransformer(config), SPEC, CONFIG, tmp_path, progress=False)
 
 
 def test_names_that_match_nothing_are_refused():

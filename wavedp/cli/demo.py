@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
     clock.start("3/6 autoregressive model, on public glyphs")
     stage = RunFolder(folder / "pretrain", {})
     config = autoregressive_config(
-        tokenizer, num_classes=10, num_scales=1, width=sizes.width, depth=sizes.depth, heads=4
+        tokenizer, classes=public.classes, num_scales=1, width=sizes.width, depth=sizes.depth, heads=4
     )
     seeded = replace(sizes.pretraining, seed=arguments.seed)
     model = pretrain_autoregressive(public, tokenizer, config, seeded, stage.path, device=device, progress=progress)

@@ -105,11 +105,6 @@ def run(arguments: argparse.Namespace) -> None:
     layout = tokenizer.layout
     folder = RunFolder(arguments.out, shared.settings(arguments))
     dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
-    if len(dataset.classes) != model.config.num_classes:
-        raise ValueError(
-            f"{arguments.data} has {len(dataset.classes)} classes, the model in {arguments.model} has "
-            f"{model.config.num_classes}; pre-train on the same classes"
-        )
     config = PrivateTrainingConfig(
         learning_rate=arguments.learning_rate,
         ema_decay=arguments.ema_decay,

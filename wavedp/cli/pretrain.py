@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
     config = autoregressive_config(
         tokenizer,
-        num_classes=len(dataset.classes),
+        classes=dataset.classes,
         num_scales=arguments.scales,
         width=arguments.width,
         depth=arguments.depth,

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--pipeline", type=Path, metavar="DIR", help="folder written by an earlier 'wavedp sample'")
     source.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder written by 'wavedp tokenizer'")
     source.add_argument("--model", type=Path, metavar="DIR", help="folder written by 'wavedp finetune' or 'pretrain'")
-    source.add_argument("--classes", metavar="A,B,...", help="names of the classes (default: their numbers)")
+    source.add_argument("--classes", metavar="A,B,...", help="names of the classes (default: as in training)")
     add_super_resolver(parser, default="bicubic")
     group = parser.add_argument_group("sampling")
     group.add_argument("--num-images", type=shared.positive_int, default=100, help="images in all")
@@ -76,7 +76,7 @@ def build_pipeline(arguments: argparse.Namespace, device: torch.device) -> Coars
     model = load_autoregressive(model_folder(arguments.model), device)
     coarse_size = tokenizer.layout.resolution(model.config.num_scales)
     resolver = super_resolver(arguments, coarse_size, tokenizer.layout.image_size, device)
-    classes = shared.class_names(arguments.classes) or [str(i) for i in range(model.config.num_classes)]
+    classes = shared.class_names(arguments.classes)
     return CoarseToFinePipeline(tokenizer, model, resolver, classes=classes).to(device)
 
 

@@ -26,12 +26,16 @@ class AutoregressiveConfig:
     heads: int = 4
     mlp_ratio: float = 4.0
     class_dropout: float = 0.1  # share of training samples that see no class, for classifier-free guidance
+    class_names: tuple[str, ...] = ()  # what the labels mean, in their order; empty: unnamed
 
     def __post_init__(self) -> None:
         for name in ("num_classes", "tokens_per_scale", "num_scales", "approximation_codes", "detail_codes"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class_names for num_classes={self.num_classes}")
         if not 0.0 <= self.class_dropout < 1.0:
             raise ValueError(f"class_dropout must lie in [0, 1), got {self.class_dropout}")
 

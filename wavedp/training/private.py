@@ -26,6 +26,8 @@ from wavedp.training.loop import optimizer_tensors, restore_optimizer
 from wavedp.training.public import tokenize
 from wavedp.training.runs import CsvLog
 
+CLASSES_PUBLIC = "The list of classes is public."
+
 
 @dataclass(frozen=True)
 class PrivateTrainingConfig:
@@ -67,6 +69,11 @@ def finetune_private(
     ``privacy.txt`` in ``folder``. An interrupted run continues from its checkpoint; steps that were charged and
     not kept stay charged.
     """
+    if model.config.class_names and dataset.classes != model.config.class_names:
+        raise ValueError(
+            f"the classes of {dataset.name}, {list(dataset.classes)}, are not the model's, "
+            f"{list(model.config.class_names)}; name them alike and in the same order (--classes)"
+        )
     device = model.class_embedding.weight.device
     tokens, labels = tokenize(tokenizer, dataset, model.config.num_scales), dataset.labels
     freeze_all_but(model, config.trainable)
@@ -112,7 +119,7 @@ def finetune_private(
                         save_private_checkpoint(folder / "checkpoint", model, optimizer, average, released, ledger)
                     if interrupt.requested:
                         break
-                statement = PrivacyStatement.from_run(private, sampler, assumptions=assumptions)
+                statement = PrivacyStatement.from_run(private, sampler, assumptions=[CLASSES_PUBLIC, *assumptions])
         finally:
             model.eval()
     with torch.no_grad():

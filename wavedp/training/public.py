@@ -52,11 +52,11 @@ def train_tokenizer(
 
 
 def autoregressive_config(
-    tokenizer: SpectralTokenizer, *, num_classes: int, num_scales: int, width: int, depth: int, heads: int
+    tokenizer: SpectralTokenizer, *, classes: tuple[str, ...], num_scales: int, width: int, depth: int, heads: int
 ) -> AutoregressiveConfig:
     """Sizes that fit a tokenizer's codebooks and grid."""
     return AutoregressiveConfig(
-        num_classes=num_classes,
+        num_classes=len(classes),
         tokens_per_scale=tokenizer.layout.tokens_per_scale,
         num_scales=num_scales,
         approximation_codes=tokenizer.config.approximation_codes,
@@ -64,6 +64,7 @@ def autoregressive_config(
         width=width,
         depth=depth,
         heads=heads,
+        class_names=classes,
     )
 
 
