@@ -40,6 +40,13 @@ def test_overwriting_leaves_one_weights_file(tmp_path: Path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
+def test_files_of_others_are_left_alone(tmp_path: Path):
+    (tmp_path / "adapter.safetensors").write_bytes(b"mine")
+    for n in range(2):
+        storage.save_folder(tmp_path, {"n": n}, {"a": torch.full((2,), float(n))})
+    assert (tmp_path / "adapter.safetensors").read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize("failing_write", [1, 2])
 def test_a_full_disk_keeps_the_previous_folder(tmp_path: Path, monkeypatch, failing_write: int):
     storage.save_folder(tmp_path, {"n": 1}, TENSORS)

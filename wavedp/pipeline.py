@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from wavedp import superres
 from wavedp.models import (
     AutoregressiveTransformer,
     SpectralTokenizer,
+    check_compatible,
     load_autoregressive,
     load_tokenizer,
     save_model,
@@ -52,11 +54,7 @@ class CoarseToFinePipeline:
             classes = config.class_names or [str(label) for label in range(config.num_classes)]
         if len(classes) != autoregressive.config.num_classes:
             raise ValueError(f"{len(classes)} class names for a model of {autoregressive.config.num_classes} classes")
-        if autoregressive.config.tokens_per_scale != tokenizer.layout.tokens_per_scale:
-            raise ValueError(
-                f"the model speaks {autoregressive.config.tokens_per_scale} tokens a scale, the tokenizer "
-                f"{tokenizer.layout.tokens_per_scale}; they were not trained together"
-            )
+        check_compatible(tokenizer, autoregressive.config)
         self.tokenizer = tokenizer.eval()
         self.autoregressive = autoregressive.eval()
         self.super_resolver = super_resolver
@@ -76,7 +74,7 @@ class CoarseToFinePipeline:
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        class_labels: SupportsIndex | str | Sequence[SupportsIndex | str] | Tensor | None = None,
         num_images: int | None = None,
         *,
         temperature: float = 1.0,
@@ -149,15 +147,17 @@ class CoarseToFinePipeline:
         )
         return pipeline.to(device)
 
-    def _labels(self, class_labels: int | str | Sequence[int | str] | Tensor | None, num_images: int | None) -> Tensor:
+    def _labels(
+        self, class_labels: SupportsIndex | str | Sequence[SupportsIndex | str] | Tensor | None, num_images: int | None
+    ) -> Tensor:
         if num_images is not None and num_images < 1:
             raise ValueError(f"num_images must be at least 1, got {num_images}")
         if class_labels is None:
-            wanted: list[int | str] = list(range(len(self.classes)))
+            wanted: list[SupportsIndex | str] = list(range(len(self.classes)))
             num_images = len(wanted) if num_images is None else num_images
         elif isinstance(class_labels, Tensor):
             wanted = class_labels.flatten().tolist()
-        elif isinstance(class_labels, int | str):
+        elif isinstance(class_labels, SupportsIndex | str):
             wanted = [class_labels]
         else:
             wanted = list(class_labels)
@@ -168,11 +168,12 @@ class CoarseToFinePipeline:
             return numbers
         return numbers.repeat(-(-num_images // len(numbers)))[:num_images]
 
-    def _label(self, label: int | str) -> int:
-        if isinstance(label, str) and label in self.classes:
-            return self.classes.index(label)
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.classes):
-            return label
+    def _label(self, label: SupportsIndex | str) -> int:
+        if isinstance(label, str):
+            if label in self.classes:
+                return self.classes.index(label)
+        elif not isinstance(label, bool) and 0 <= label.__index__() < len(self.classes):
+            return label.__index__()
         raise ValueError(
             f"unknown class {label!r}; give a number in 0..{len(self.classes) - 1} or one of {list(self.classes)}"
         )

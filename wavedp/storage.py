@@ -60,12 +60,22 @@ def save_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     """
     content = safetensors.torch.save({k: v.detach().contiguous().cpu() for k, v in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
-    weights = f"{digest[:16]}.safetensors" if (folder / CONFIG_FILE).exists() else WEIGHTS_FILE
+    previous = _weights_file(folder)
+    weights = WEIGHTS_FILE if previous is None else f"model-{digest[:16]}.safetensors"
     write_bytes(folder / weights, content)
     write_json(folder / CONFIG_FILE, {**config, "weights": weights, "sha256": digest})
-    for stale in folder.glob("*.safetensors"):
-        if stale.name != weights:
-            stale.unlink(missing_ok=True)
+    if previous not in (None, weights):
+        (folder / str(previous)).unlink(missing_ok=True)
+
+
+def _weights_file(folder: Path) -> str | None:
+    """The weights that the folder's config names, None where there is no config of ours."""
+    try:
+        config = read_json(folder / CONFIG_FILE)
+    except (FileNotFoundError, ValueError):
+        return None
+    weights = config.get("weights") if isinstance(config, dict) else None
+    return Path(weights).name if isinstance(weights, str) else None
 
 
 def load_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

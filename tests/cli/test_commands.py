@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import wavedp
 from wavedp.cli import COMMANDS, EXIT_ERROR, EXIT_INTERRUPTED, build_parser, main
+from wavedp.models import load_autoregressive, load_tokenizer
 from wavedp.storage import read_json
 
 SIZES = ["--image-size", "16", "--channels", "1"]
@@ -64,16 +67,17 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]):
 
 def test_training_leaves_models_logs_and_pictures(trained: Path):
     for stage, files in {
-        "tok": ["config.json", "log.csv", "log.png", "reconstructions.png", "model/config.json"],
-        "pre": ["config.json", "log.csv", "log.png", "samples.png", "model/config.json"],
-        "fine": ["config.json", "log.csv", "log.png", "samples.png", "privacy.json", "privacy.txt", "ledger.jsonl"],
+        "tok": ["run.json", "log.csv", "log.png", "reconstructions.png", "model/config.json"],
+        "pre": ["run.json", "log.csv", "log.png", "samples.png", "model/config.json"],
+        "fine": ["run.json", "log.csv", "log.png", "samples.png", "privacy.json", "privacy.txt", "ledger.jsonl"],
     }.items():
         for name in files:
             assert (trained / stage / name).stat().st_size > 0, f"{stage}/{name}"
     statement = json.loads((trained / "fine" / "privacy.json").read_text())
     assert 7.92 <= statement["epsilon"] <= 8.0
     assert statement["steps_charged"] == 6
-    assert statement["dataset_size_bound"] == 200
+    given = {"dataset_size_bound": 200, "sample_rate": 0.25, "max_grad_norm": 1.0, "expected_batch_size": 16.0}
+    assert given == {name: statement[name] for name in given}
 
 
 def test_samples_are_images_of_the_asked_classes(trained: Path, tmp_path: Path):
@@ -93,6 +97,101 @@ def test_samples_are_images_of_the_asked_classes(trained: Path, tmp_path: Path):
         assert (again / name).read_bytes() == (out / name).read_bytes()
     loaded = wavedp.CoarseToFinePipeline.from_pretrained(out / "pipeline")
     assert loaded.classes == ("bright", "dark")
+
+
+def test_sampling_options_reach_the_model(trained: Path, tmp_path: Path):
+    def images(*options: object) -> list[bytes]:
+        arguments = ["--tokenizer", trained / "tok", "--model", trained / "fine", "--labels", "dark", "--num-images", 6]
+        assert run("sample", *arguments, *options, "--out", tmp_path) == 0
+        return [p.read_bytes() for p in sorted((tmp_path / "coarse" / "dark").iterdir())]
+
+    assert len(set(images("--temperature", 0))) == 1
+    assert images("--top-k", 1) == images("--temperature", 0)
+    free = images()
+    assert len(set(free)) > 1
+    assert images("--seed", 1) != free
+    assert images("--guidance-scale", 30) != free
+
+
+def test_only_chosen_parameters_are_fine_tuned(trained: Path, pictures: Path, tmp_path: Path):
+    common = ["--data", pictures, "--tokenizer", trained / "tok", "--model", trained / "pre", "--out", tmp_path]
+    privacy = ["--noise-multiplier", 2, "--delta", 1e-3, "--max-records", 200, "--sample-rate", 0.25, "--steps", 2]
+    assert run("finetune", *common, *privacy, "--expected-batch-size", 16, "--trainable", "norm") == 0
+    before = load_autoregressive(trained / "pre" / "model").state_dict()
+    after = load_autoregressive(tmp_path / "model").state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"norm.weight"}
+    assert read_json(tmp_path / "privacy.json")["noise_multiplier"] == 2.0
+
+
+def test_samples_of_another_run_are_not_mixed_in(trained: Path, tmp_path: Path):
+    arguments = ["--tokenizer", trained / "tok", "--model", trained / "fine", "--out", tmp_path]
+    assert run("sample", *arguments, "--num-images", 8) == 0
+    assert run("sample", *arguments, "--num-images", 2, "--sr", "haar") == 0
+    assert len(list((tmp_path / "images").rglob("*.png"))) == 2
+    statement = (trained / "fine" / "privacy.json").read_bytes()
+    assert (tmp_path / "pipeline" / "privacy.json").read_bytes() == statement
+
+
+def test_no_command_writes_over_the_run_of_another(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]):
+    before = {p: p.read_bytes() for p in (trained / "fine").rglob("*.json")}
+    sample = ["sample", "--tokenizer", trained / "tok", "--model", trained / "fine", "--num-images", 1]
+    assert run(*sample, "--out", trained / "fine") == EXIT_ERROR
+    assert "belongs to a run of 'wavedp finetune'" in capsys.readouterr().err
+    assert run(*sample, "--out", trained / "fine" / "model") == EXIT_ERROR
+    assert "holds a saved model" in capsys.readouterr().err
+    assert (
+        run("evaluate", "--synthetic", "nowhere", "--data", pictures, *SIZES, "--out", trained / "fine") == EXIT_ERROR
+    )
+    assert before == {p: p.read_bytes() for p in (trained / "fine").rglob("*.json")}
+
+
+def test_a_second_budget_on_private_weights_is_refused(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    privacy = ["--epsilon", 8, "--delta", 1e-3, "--max-records", 200, "--sample-rate", 0.25, "--steps", 2]
+    common = ["--data", pictures, "--tokenizer", trained / "tok", "--model", trained / "fine"]
+    assert run("finetune", *common, "--out", tmp_path, *privacy, "--expected-batch-size", 16) == EXIT_ERROR
+    assert "already fine-tuned on sensitive images" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_the_model_does_not_know_is_refused(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    small = ["--width", 16, "--encoder-depth", 1, "--decoder-depth", 1, "--grid", 2, "--approximation-codes", 16]
+    other = ["--data", pictures, "--out", tmp_path / "tok", *SIZES, *small, "--steps", 2, "--seed", 1]
+    assert run("tokenizer", *other) == 0
+    arguments = ["--tokenizer", tmp_path / "tok", "--model", trained / "fine", "--out", tmp_path / "s"]
+    assert run("sample", *arguments) == EXIT_ERROR
+    assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_the_demo_trains_on_public_images_and_spends_on_private_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from wavedp.cli import demo
+
+    seen: dict[str, str] = {}
+
+    def spied(name: str) -> None:
+        original = getattr(demo, name)
+
+        def call(dataset: Any, *arguments: Any, **options: Any) -> Any:
+            seen[name] = dataset.name
+            return original(dataset, *arguments, **options)
+
+        monkeypatch.setattr(demo, name, call)
+
+    for name in ("train_tokenizer", "pretrain_autoregressive", "train_espcn", "finetune_private"):
+        spied(name)
+    assert run("demo", "--quick", "--out", tmp_path) == 0
+    assert seen.pop("finetune_private").startswith("digits")
+    assert all(name.startswith("glyphs") for name in seen.values()), seen
+    statement = read_json(tmp_path / "privacy.json")
+    assert demo.TUNED in statement["assumptions"]
+    assert 9.9 <= statement["epsilon"] <= 10
+    metrics = read_json(tmp_path / "metrics.json")
+    assert {"public_model", "private_model", "real_ceiling"} <= metrics.keys()
+    assert metrics["quick"] is True
+    for name in ("grid.png", "privacy.txt", "samples/images/7", "tokenizer/reconstructions.png"):
+        assert (tmp_path / name).exists(), name
 
 
 def test_upscale_keeps_classes_and_doubles_pixels(pictures: Path, tmp_path: Path):
@@ -231,5 +330,5 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_continues(pictures: Pa
     assert "Traceback" not in error
     done = read_json(tmp_path / "tok" / "checkpoint" / "config.json")["step"]
     assert done >= 1
-    folder = read_json(tmp_path / "tok" / "config.json")
-    assert folder["steps"] == 100000
+    assert read_json(tmp_path / "tok" / "run.json")["steps"] == 100000
+    assert load_tokenizer(tmp_path / "tok" / "model").config.width == 16  # usable as it is

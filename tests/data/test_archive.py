@@ -80,6 +80,16 @@ def test_a_listed_file_that_is_missing_is_named_or_skipped(tmp_path):
     assert len(open_all(file, skip_bad=True)) == 1
 
 
+def test_a_member_that_is_listed_again_is_named_or_skipped(tmp_path):
+    index = "file\tname\tsplit\n1.png\ta\ttrain\n2.png\ta\ttrain\n1.png\ta\ttrain\n1.png\tb\ttest\n"
+    file = write_zip(tmp_path / "images.zip", {"1.png": png(1), "2.png": png(2), "index.tsv": index})
+    with pytest.raises(BadImageError, match=r"1\.png: listed before; one image is one record .*index\.tsv, line 4"):
+        open_all(file)
+    data = open_all(file, skip_bad=True)
+    assert data.images[:, 0, 4, 4].tolist() == [1, 2]
+    assert [reason.split("line ")[1][0] for _, reason in data.skipped] == ["4", "5"]
+
+
 def test_members_that_point_elsewhere_are_never_extracted(tmp_path):
     (tmp_path / "deep").mkdir()
     file = write_zip(tmp_path / "deep" / "set.zip", {"../../escape/1.png": png(1), "/abs/2.png": png(2)})

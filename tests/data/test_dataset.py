@@ -65,6 +65,7 @@ def test_unit_range_ends_at_zero_and_one():
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), ["a"], "0..1, but there are 1"),
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2), ["a"], "int64"),
         (torch.zeros(0, 1, 4, 4, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), [], "no classes"),
+        (torch.zeros(0, 1, 4, 4, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), ["a", "b", "a"], "distinct"),
     ],
 )
 def test_a_malformed_set_is_refused(images, labels, classes, message):

@@ -214,7 +214,8 @@ def test_links_out_of_the_folder_are_refused(pets, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside")
     write_class(outside, "secret", {"s.png": encoded()})
     (pets / "dog" / "x.png").symlink_to(outside / "secret" / "s.png")
-    (pets / "dog" / "inside.png").symlink_to(pets / "dog" / "0.png")
+    write_class(pets, ".store", {"7.png": encoded()})
+    (pets / "dog" / "inside.png").symlink_to(pets / ".store" / "7.png")
     (pets / "dog" / "loop.png").symlink_to(pets / "dog" / "loop.png")
     (pets / "bird").symlink_to(outside / "secret")
     with pytest.raises(BadImageError, match="link"):
@@ -224,6 +225,27 @@ def test_links_out_of_the_folder_are_refused(pets, tmp_path_factory):
     assert set(reasons) == {"x.png", "loop.png", "bird"}
     assert len(data) == 6
     assert data.classes == ("cat", "dog")
+
+
+def test_a_second_name_for_a_listed_file_is_refused(pets):
+    (pets / "cat" / "a.png").symlink_to(pets / "dog" / "0.png")  # sorts before the file itself
+    (pets / "dog" / "chain.png").symlink_to(pets / "cat" / "a.png")
+    write_class(pets, ".store", {"7.png": encoded(color=(7, 0, 0))})
+    for link in ("x.png", "y.png"):
+        (pets / "dog" / link).symlink_to(os.path.join("..", ".store", "7.png"))
+    with pytest.raises(BadImageError, match=r"a\.png: listed before; one image is one record .*dog.0\.png"):
+        open_all(pets)
+    data = open_all(pets, skip_bad=True)
+    assert [os.path.basename(file) for file, _ in data.skipped] == ["a.png", "chain.png", "y.png"]
+    assert all("one image is one record" in reason for _, reason in data.skipped)
+    assert data.labels.tolist() == [0, 0, 1, 1, 1, 1]
+    assert data.images[2:, 0, 0, 0].tolist() == [0, 1, 2, 7]
+
+
+def test_a_set_reached_through_a_link_is_itself(pets, tmp_path_factory):
+    link = tmp_path_factory.mktemp("elsewhere") / "pets"
+    link.symlink_to(pets)
+    assert len(open_all(link)) == 5
 
 
 def test_what_is_not_a_regular_file_is_refused_without_waiting(pets):

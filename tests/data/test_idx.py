@@ -171,6 +171,27 @@ def test_a_training_pair_alone_is_divided(tmp_path):
     assert 20 <= len(parts[1]) <= 60
 
 
+@pytest.mark.parametrize("removed", [0, 57, 99])
+def test_removing_a_record_moves_no_other_between_train_and_test(tmp_path, removed):
+    images, labels = some_images(100, 8, 8), torch.arange(100, dtype=torch.uint8)
+
+    def split_of(kept):
+        folder = tmp_path / f"{len(kept)}"
+        folder.mkdir()
+        (folder / "train-images-idx3-ubyte").write_bytes(idx_bytes(images[kept]))
+        (folder / "train-labels-idx1-ubyte").write_bytes(idx_bytes(labels[kept]))
+        parts = {s: open_dataset(folder, image_size=8, split=s, classes=None) for s in ("train", "test")}
+        single = open_dataset(folder / "train-images-idx3-ubyte", image_size=4, split="test")
+        assert torch.equal(single.labels, parts["test"].labels)
+        return {label: s for s, part in parts.items() for label in part.labels.tolist()}
+
+    everything = split_of(list(range(100)))
+    assert sorted(everything) == list(range(100))
+    assert set(everything.values()) == {"train", "test"}
+    del everything[removed]
+    assert split_of([i for i in range(100) if i != removed]) == everything
+
+
 def test_missing_labels_are_named(tmp_path):
     write_family(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte").unlink()

@@ -22,6 +22,18 @@ def test_a_bad_option_is_refused_before_anything_is_read(source, option, value):
         open_dataset(source, **{"image_size": 8, option: value})
 
 
+@pytest.mark.parametrize("source", [*NAMED_SOURCES, "."])
+def test_repeated_class_names_are_refused(source):
+    with pytest.raises(ValueError, match=r"distinct, \['cat'\] are repeated in \['cat', 'dog', 'cat'\]"):
+        open_dataset(source, image_size=8, classes=["cat", "dog", "cat"])
+
+
+@pytest.mark.parametrize("classes", [["cat", "dog"], ["a", ""], ["a", "bc"]])
+def test_classes_of_glyphs_that_are_no_characters_are_refused(classes):
+    with pytest.raises(ValueError, match="the classes of glyphs are single characters"):
+        open_dataset("glyphs", image_size=8, num_images=4, classes=classes)
+
+
 def test_a_source_that_is_nowhere_lists_the_names():
     with pytest.raises(FileNotFoundError, match=r"no such data set: glyph .*digits, glyphs, silhouettes"):
         open_dataset("glyph", image_size=8)

@@ -18,19 +18,20 @@ ROOT = Path(__file__).parents[2]
 #
 #   cli -> training -> {data, models, superres, privacy} -> functional -> ops -> {kernels, native, reference}
 #   pipeline -> {models, superres}
-#   storage: files on disk; stands beside the parts and imports nothing of wavedp
-PARTS = {"data", "models", "superres", "privacy", "storage"}
+#   storage (files on disk) and extras (optional packages) stand beside the parts and import nothing of wavedp
+PARTS = {"data", "models", "superres", "privacy", "storage", "extras"}
 ARROWS: dict[str, set[str]] = {
     "wavedp": {"functional", "ops", "pipeline"} | PARTS,  # the public face, wavedp/__init__.py
     "__main__": {"cli"},
     "cli": {"wavedp", "training", "pipeline", "functional"} | PARTS,
     "training": {"wavedp", "pipeline", "functional"} | PARTS,
     "pipeline": {"models", "superres", "storage", "functional"},
-    "data": {"storage", "functional"},
-    "models": {"storage", "functional"},
-    "superres": {"storage", "functional"},
-    "privacy": {"storage", "functional"},
+    "data": {"storage", "extras", "functional"},
+    "models": {"storage", "extras", "functional"},
+    "superres": {"storage", "extras", "functional"},
+    "privacy": {"storage", "extras", "functional"},
     "storage": set(),
+    "extras": set(),
     "functional": {"ops"},
     "ops": {"kernels", "native", "reference"},
     "reference": set(),
@@ -79,7 +80,7 @@ def imports_of(source: str, package: str) -> Iterator[Import]:
                 base = ".".join(parents + ([base] if base else []))
             for alias in node.names:
                 yield Import(f"{base}.{alias.name}", node.lineno, lazy)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "import_extra")):
             name = node.args[0]
             if isinstance(name, ast.Constant):
                 yield Import(str(name.value), node.lineno, lazy)
@@ -160,6 +161,8 @@ def test_the_arrows_have_no_cycle() -> None:
         ("wavedp/data/a.py", "import PIL.Image", "PIL is imported at module level"),
         ("wavedp/data/a.py", "try:\n    import sklearn\nexcept ImportError:\n    pass", "at module level"),
         ("wavedp/data/a.py", "import pandas", "data may not import pandas"),
+        ("wavedp/data/a.py", "def f():\n    import_extra('pandas', 'demo')", "data may not import pandas"),
+        ("wavedp/extras.py", "from wavedp import storage", "extras may not import storage"),
         ("wavedp/models/a.py", "def f():\n    import diffusers", "models may not import diffusers"),
         ("wavedp/reference/a.py", "from wavedp.ops import x", "reference may not import ops"),
         ("wavedp/extra/a.py", "", "has no place in the table"),

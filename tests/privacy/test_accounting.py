@@ -4,8 +4,12 @@
 import math
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
+from scipy.optimize import brentq
+from scipy.special import log_ndtr
 
 from wavedp.privacy import accounting
 
@@ -137,3 +141,55 @@ def test_import_leaves_dp_accounting_alone() -> None:
         "assert 'dp_accounting' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_steps_for_large_counts_is_fast_and_never_above() -> None:
+    arguments = {"sample_rate": 0.01, "noise_multiplier": 20.0, "delta": 1e-5}
+    start = time.process_time()
+    steps = accounting.steps_for(target_epsilon=8.0, **arguments)
+    assert time.process_time() - start < 20.0
+    assert accounting.epsilon(steps=steps, **arguments) <= 8.0
+    assert accounting.epsilon(steps=steps + steps // 5000, **arguments) > 8.0
+
+
+@pytest.mark.parametrize(("noise_multiplier", "fine"), [(0.05, 1463.9992), (0.1, 354.1961)])
+def test_small_noise_is_fast_and_hardly_looser_than_on_the_finest_grid(noise_multiplier: float, fine: float) -> None:
+    arguments = {"sample_rate": 0.01, "noise_multiplier": noise_multiplier, "steps": 100, "delta": 1e-5}
+    start = time.process_time()
+    value = accounting.epsilon(**arguments)
+    assert time.process_time() - start < 12.0
+    assert value == pytest.approx(fine, rel=1e-5)
+    assert value <= accounting.epsilon_rdp(**arguments)
+
+
+@pytest.mark.parametrize(("steps", "sigma"), [(1, 1.0), (25, 5.0), (1000, 20.0), (1, 0.3)])
+@pytest.mark.parametrize("delta", [1e-5, 1e-8, 1e-10, 1e-12])
+def test_bounds_enclose_the_exact_value_at_small_delta(steps: int, sigma: float, delta: float) -> None:
+    """q = 1: exact by Balle and Wang (2018) with mu = sqrt(steps) / sigma; log_ndtr keeps the tails."""
+    delta = max(delta, accounting.smallest_delta(steps))
+    mu = math.sqrt(steps) / sigma
+
+    def log_delta(epsilon: float) -> float:
+        above, below = log_ndtr(mu / 2 - epsilon / mu), epsilon + log_ndtr(-mu / 2 - epsilon / mu)
+        return float(above + np.log1p(-np.exp(below - above)))
+
+    exact = brentq(lambda epsilon: log_delta(epsilon) - math.log(delta), 1e-3, 200.0, xtol=1e-12)
+    lower, upper = accounting.epsilon_bounds(sample_rate=1.0, noise_multiplier=sigma, steps=steps, delta=delta)
+    assert lower <= exact <= upper
+    assert upper <= 1.02 * exact
+
+
+@pytest.mark.parametrize("steps", [1, 1000, 10**6])
+def test_smallest_delta_works_and_less_is_refused(steps: int) -> None:
+    arguments = {"sample_rate": 0.01, "noise_multiplier": 1 + 0.1 * math.sqrt(steps), "steps": steps}
+    smallest = accounting.smallest_delta(steps)
+    lower, upper = accounting.epsilon_bounds(delta=smallest, **arguments)
+    assert 0.0 <= lower <= upper < math.inf
+    with pytest.raises(ValueError, match=f"too small .* the smallest that works is {smallest:.2g}"):
+        accounting.epsilon(delta=0.9 * smallest, **arguments)
+
+
+def test_a_vanishing_sample_rate_is_refused() -> None:
+    with pytest.raises(ValueError, match="sample_rate"):
+        accounting.epsilon(**{**REFERENCE, "sample_rate": 5e-324})
+    assert 0.0 <= accounting.epsilon(**{**REFERENCE, "sample_rate": 1e-12}) < 1e-2

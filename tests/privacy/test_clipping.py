@@ -87,16 +87,58 @@ def test_bound_must_be_positive(max_grad_norm: float) -> None:
         FlatClipping(max_grad_norm)
 
 
-def test_sensitivity_covers_reordered_float32_sums() -> None:
-    """4,096 aligned gradients of norm C: dropping one and reversing the rest moves a float32 sum."""
-    direction = torch.randn(1000)
-    grads = (direction / direction.norm()).expand(4096, 1000) * (1 - 2**-20)
-    moved = (grads.sum(0) - grads[:-1].flip(0).cumsum(0)[-1]).double().norm().item()
-    assert moved <= FlatClipping(1.0).sensitivity()
+def test_the_reference_sum_does_not_lose_small_records_behind_a_large_one() -> None:
+    """2^15 records of 2^-25 beside one of 1: each vanishes in a float32 sum that begins with the large one."""
+    grads = torch.full((1 + 2**15, 1), 2.0**-25)
+    grads[0] = 1.0
+    (whole,), (without,) = clip_and_sum([grads], 2.0), clip_and_sum([grads[1:]], 2.0)
+    assert (whole - without).item() == pytest.approx(1.0, abs=2.0**-23)
+    assert without.item() == pytest.approx(2.0**-10, rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 70])
+def test_sums_over_records_are_float64(tokens: int) -> None:
+    """As above, for every form: a large record first, then small ones that a float32 sum would drop."""
+    records = 1 + 2**13
+    a, g = torch.full((records, tokens, 2), 1.0), torch.full((records, tokens, 2), 2.0**-25)
+    g[0] = 1.0
+    ids = torch.zeros(records, tokens, dtype=torch.int64)
+    ones = torch.ones(records)
+    exact = tokens * (1.0 + 2.0**13 * 2.0**-25)
+    for form in (OuterProducts(a, g), RowScatter(ids, g, 1, None), Materialised(g.sum(1))):
+        total = form.weighted_sum(ones)
+        assert total.dtype == torch.float64
+        assert total.flatten().tolist() == pytest.approx([exact] * total.numel(), rel=1e-12)
+
+
+def test_weighted_sums_go_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    for tokens in (5, 80):
+        a, g = torch.randn(7, tokens, 6, dtype=torch.float64), torch.randn(7, tokens, 4, dtype=torch.float64)
+        factors = torch.rand(7, dtype=torch.float64)
+        expected = torch.einsum("b,btp,btd->pd", factors, g, a)
+        with monkeypatch.context() as patch:
+            patch.setattr("wavedp.privacy.per_sample._SUM_CHUNK_ELEMENTS", 2 * tokens * 10 if tokens == 5 else 2 * 24)
+            patch.setattr("wavedp.privacy.per_sample._MAX_TOKENS_IN_FLOAT32", 32)
+            assert torch.allclose(OuterProducts(a, g).weighted_sum(factors), expected, rtol=1e-12)
+            squared = torch.einsum("btp,btd->bpd", g, a).square().sum((1, 2))
+            assert torch.allclose(OuterProducts(a, g).squared_norms(), squared, rtol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize(("bound", "size"), [(1e-9, 1e36), (1e-6, 3e37), (1e-9, 1e-36)])
+def test_factor_times_gradient_may_be_subnormal(tokens: int, bound: float, size: float) -> None:
+    """A factor and a row may be normal numbers whose float32 product is rounded to a few bits, or to none."""
+    for step in range(40):
+        a = torch.full((1, tokens, 1), size)
+        g = torch.full((1, tokens, 1), (1 + step / 40) / size)
+        form = OuterProducts(a, g)
+        factors = FlatClipping(bound).factors(form.squared_norms(), torch.float32)
+        assert 0.999 * bound < form.weighted_sum(factors).item() <= bound * (1 + 1e-6)
 
 
 # Token counts on both sides of the Gram / building choice: T (d + p) <= d p.
-@pytest.mark.parametrize("tokens", [0, 1, 3, 40])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 40, 70])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_outer_products(tokens: int, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
@@ -106,7 +148,7 @@ def test_outer_products(tokens: int, dtype: torch.dtype, tolerance: float) -> No
     squared = grads.double().square().sum((1, 2))
     assert torch.allclose(form.squared_norms(), squared, rtol=tolerance, atol=1e-30)
     factors = torch.tensor([1.0, 0.5, 0.0, 0.25], dtype=dtype)
-    expected = torch.einsum("b,bpd->pd", factors, grads)
+    expected = torch.einsum("b,bpd->pd", factors, grads).double()
     assert torch.allclose(form.weighted_sum(factors), expected, rtol=1e-4, atol=tolerance)
 
 
@@ -162,7 +204,7 @@ def test_row_scatter(padding_idx: int | None) -> None:
     form = RowScatter(ids, g, 5, padding_idx)
     assert torch.allclose(form.squared_norms(), grads.square().sum((1, 2)), rtol=1e-12)
     factors = torch.tensor([0.0, 1.0, 0.5, 0.25])
-    expected = torch.einsum("b,bvp->vp", factors.double(), grads).float()
+    expected = torch.einsum("b,bvp->vp", factors.double(), grads)
     assert torch.allclose(form.weighted_sum(factors), expected, rtol=1e-5, atol=1e-6)
 
 

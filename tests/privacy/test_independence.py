@@ -23,6 +23,11 @@ def centred(x: Tensor, mask: Tensor) -> Tensor:
     return per_record((x - x.mean(0)).square(), mask)
 
 
+def negatives(x: Tensor, mask: Tensor) -> Tensor:
+    """Every record is pushed off the others, which are detached."""
+    return per_record(x, mask) + (x @ x.detach().mT).logsumexp(1)
+
+
 BATCH = (torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), torch.ones(4, 6).tril(1))
 
 
@@ -30,7 +35,7 @@ def test_independent_records_pass() -> None:
     check_records_independent(per_record, *BATCH)
 
 
-@pytest.mark.parametrize("loss_fn", [token_mean, centred])
+@pytest.mark.parametrize("loss_fn", [token_mean, centred, negatives])
 def test_coupled_records_are_found(loss_fn: Callable[..., Tensor]) -> None:
     with pytest.raises(RuntimeError, match="with the batch it is in"):
         check_records_independent(loss_fn, *BATCH)

@@ -93,7 +93,7 @@ def test_the_denominator_may_change(filled: Path, spec: MakeSpec) -> None:
 def test_a_torn_last_line_is_cut_off_at_every_byte(filled: Path, spec: MakeSpec) -> None:
     content = filled.read_bytes()
     start = content[:-1].rfind(b"\n") + 1
-    for size in range(start, len(content)):
+    for size in range(start, len(content) - 1):
         filled.write_bytes(content[:size])
         with PrivacyLedger(filled, spec(steps=100)) as ledger:
             assert ledger.charged == 15
@@ -103,18 +103,100 @@ def test_a_torn_last_line_is_cut_off_at_every_byte(filled: Path, spec: MakeSpec)
         assert filled.read_bytes().startswith(content[:start])
 
 
-def test_a_torn_header_starts_anew(path: Path, spec: MakeSpec) -> None:
-    path.write_bytes(b'{"digest": "12')
-    with PrivacyLedger(path, spec()) as ledger:
-        assert ledger.charged == 0
-        ledger.reserve(3)
+@pytest.mark.parametrize("lines", [1, 4])
+def test_a_whole_last_line_counts_without_its_newline(filled: Path, spec: MakeSpec, lines: int) -> None:
+    content = b"".join(filled.read_bytes().splitlines(keepends=True)[:lines])
+    charged = 35 if lines == 4 else 0
+    filled.write_bytes(content[:-1])
+    with PrivacyLedger(filled, spec(steps=100)) as ledger:
+        assert ledger.charged == charged
+        assert filled.read_bytes() == content
+        ledger.reserve(2)
+    with PrivacyLedger(filled, spec(steps=100)) as ledger:
+        assert ledger.charged == charged + 2
+
+
+def test_unwritten_blocks_at_the_end_are_cut_off(filled: Path, spec: MakeSpec) -> None:
+    content = filled.read_bytes()
+    filled.write_bytes(content + bytes(300))
+    PrivacyLedger(filled, spec(steps=100)).close()
+    assert filled.read_bytes() == content
+
+
+FOREIGN = {
+    "empty": b"",
+    "torn header": b'{"digest": "12',
+    "binary": bytes(range(256)) * 9,
+    "text without a newline": b"notes without a newline at the end",
+    "json": b'{"a": 1,\n"b": 2}',
+    "json line": b'{"a": 1}\n{"b": 2',
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN.keys())
+def test_a_file_that_is_no_ledger_is_refused_and_left_alone(path: Path, spec: MakeSpec, content: bytes) -> None:
+    """An emptied ledger must not turn into a fresh budget, nor a mistyped path cost a file."""
+    path.write_bytes(content)
+    with pytest.raises(LedgerError, match=r"privacy\.jsonl"):
+        PrivacyLedger(path, spec())
+    assert path.read_bytes() == content
+
+
+def test_a_foreign_ledger_with_a_torn_line_is_left_alone(filled: Path, spec: MakeSpec) -> None:
+    content = filled.read_bytes()[:-20]
+    filled.write_bytes(content)
+    with pytest.raises(LedgerError, match="another specification"):
+        PrivacyLedger(filled, spec(steps=101))
+    assert filled.read_bytes() == content
+
+
+def test_a_folder_is_refused(tmp_path: Path, spec: MakeSpec) -> None:
+    with pytest.raises(LedgerError, match="is a folder; give the path of a file"):
+        PrivacyLedger(tmp_path, spec())
+
+
+def test_a_pipe_is_refused(path: Path, spec: MakeSpec) -> None:
+    os.mkfifo(path)
+    with pytest.raises(LedgerError, match="not a regular file"):
+        PrivacyLedger(path, spec())
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync", "link"])
+def test_a_creation_that_fails_leaves_nothing(
+    path: Path, spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, fail)
+        with pytest.raises(LedgerError):
+            PrivacyLedger(path, spec())
+    assert list(path.parent.iterdir()) == []
+    PrivacyLedger(path, spec()).close()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_ledger_made_meanwhile_is_opened(path: Path, spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.link
+
+    def late(*arguments: str) -> None:
+        monkeypatch.setattr(os, "link", real)
+        with PrivacyLedger(path, spec()) as other:
+            other.reserve(3)
+        real(*arguments)
+
+    monkeypatch.setattr(os, "link", late)
     with PrivacyLedger(path, spec()) as ledger:
         assert ledger.charged == 3
+        ledger.reserve(1)
+    with PrivacyLedger(path, spec()) as ledger:
+        assert ledger.charged == 4
 
 
 def test_any_changed_byte_is_found(filled: Path, spec: MakeSpec) -> None:
     content = filled.read_bytes()
-    for position in range(len(content) - 1):
+    for position in range(len(content)):
         damaged = bytearray(content)
         damaged[position] ^= 1
         filled.write_bytes(damaged)

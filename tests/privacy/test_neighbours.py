@@ -89,3 +89,45 @@ def test_reference_neighbour_replay() -> None:
             [g.double() for g in clip_and_sum(grads, bound)], [g.double() for g in clip_and_sum(without, bound)]
         )
         assert moved <= bound * (1 + 1e-6), case
+
+
+def moved_by_the_first_record(layer: nn.Linear, x: Tensor, scales: Tensor, chunk: int) -> float:
+    """How far a logical batch's clipped sum moves when its first record goes and every chunk shifts by one."""
+    with GradientBook(layer) as book:
+
+        def total(rows: Tensor, weights: Tensor) -> list[Tensor]:
+            sums: dict[str, Tensor] = {}
+            for part, factor in zip(rows.split(chunk), weights.split(chunk)):
+                losses = (layer(part) * factor).flatten(1).sum(1)
+                for name, value in book.clipped_sums(losses, FlatClipping(1.0)).items():
+                    if name in sums:
+                        sums[name] += value
+                    else:
+                        sums[name] = value
+            return list(sums.values())
+
+        return distance(total(x, scales), total(x[1:], scales[1:]))
+
+
+@pytest.mark.parametrize(("records", "chunk"), [(2048, 2), (65536, 1024), (65536, 65536)])
+def test_large_logical_batches_of_aligned_records(records: int, chunk: int) -> None:
+    torch.manual_seed(5)
+    x, scales = 1 + 0.01 * torch.randn(records, 8), 100 + torch.randn(records, 8)
+    layer = nn.Linear(8, 8, bias=False)
+    assert moved_by_the_first_record(layer, x, scales, chunk) <= 1 + 1e-6
+
+
+def test_small_records_behind_a_large_one() -> None:
+    """The worst order for a float32 sum: what comes after the large record would be lost, and only with it there."""
+    records = 1 + 2**13
+    scales = torch.full((records, 1), 2.0**-25)
+    scales[0] = 1.0
+    layer = nn.Linear(1, 1, bias=False)
+    assert moved_by_the_first_record(layer, torch.ones(records, 1), scales, records) <= 1 + 1e-6
+
+
+def test_very_long_records() -> None:
+    torch.manual_seed(6)
+    x, scales = 1 + 0.01 * torch.randn(3, 200_000, 4), 1 + 0.01 * torch.randn(3, 200_000, 4)
+    layer = nn.Linear(4, 4, bias=False)
+    assert moved_by_the_first_record(layer, x, scales, 3) <= 1 + 1e-6

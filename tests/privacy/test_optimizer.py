@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The private step: one release, always noised and charged, divided by a public constant."""
 
-import copy
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wavedp.privacy import LedgerError, PrivacyLedger, PrivacySpec, PrivateOptimizer, clip_and_sum, grid_step
+from wavedp.privacy import (
+    LedgerError,
+    PoissonSampler,
+    PrivacyLedger,
+    PrivacySpec,
+    PrivateOptimizer,
+    clip_and_sum,
+    grid_step,
+)
 
 MakeSpec = Callable[..., PrivacySpec]
 
@@ -158,8 +164,49 @@ def test_a_failed_backward_adds_nothing(spec: MakeSpec) -> None:
     before = flat(model)
     with pytest.raises(RuntimeError, match="record axis"):
         private.backward(model(torch.randn(4, 3)).sum(1)[:2])
+    with pytest.raises(RuntimeError, match="discard"):
+        private.step()
+    private.discard()
     private.step()
     assert torch.equal(flat(model), before)
+
+
+def test_after_a_failed_backward_the_batch_can_only_be_discarded(
+    spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Skipping out-of-memory batches would add the next batch to the half of this one: 2 C for one record."""
+    model = linear()
+    private = private_sgd(model, spec(noise_multiplier=0.0), without_privacy=True)
+    private.backward(model(torch.randn(2, 3)).sum(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(private._book, "clipped_sums", _out_of_memory)
+        with pytest.raises(MemoryError):
+            private.backward(model(torch.randn(2, 3)).sum(1))
+    with pytest.raises(RuntimeError, match="discard"):
+        private.backward(model(torch.randn(2, 3)).sum(1))
+    private.discard()
+    before = flat(model)
+    private.step()
+    assert torch.equal(flat(model), before)
+
+
+def _out_of_memory(*_: object) -> dict[str, Tensor]:
+    raise MemoryError
+
+
+def test_a_failed_release_is_a_discarded_batch(spec: MakeSpec) -> None:
+    model = linear()
+    private = private_sgd(model, spec())
+    private.backward(model(torch.randn(2, 3)).sum(1))
+    hook = private.optimizer.register_step_post_hook(_out_of_memory)
+    with pytest.raises(MemoryError):
+        private.step()
+    hook.remove()
+    assert not private.pending
+    assert private._sums == {}
+    assert model.weight.grad is None
+    private.step()
+    assert private.steps_charged == 2
 
 
 def test_a_record_cannot_come_twice(spec: MakeSpec) -> None:
@@ -172,8 +219,51 @@ def test_a_record_cannot_come_twice(spec: MakeSpec) -> None:
         private.backward(model(torch.randn(2, 3)).sum(1), records=torch.tensor([1, 1]))
     with pytest.raises(ValueError, match="shape"):
         private.backward(model(torch.randn(2, 3)).sum(1), records=torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"outside of \[0, 100\)"):
+        private.backward(model(torch.randn(2, 3)).sum(1), records=torch.tensor([1, 100]))
+    with pytest.raises(ValueError, match=r"outside of \[0, 100\)"):
+        private.backward(model(torch.randn(2, 3)).sum(1), records=torch.tensor([-1, 1]))
     private.step()
     private.backward(model(torch.randn(1, 3)).sum(1), records=torch.tensor([7]))
+
+
+@pytest.mark.parametrize(
+    "records",
+    [[0, 1], torch.tensor([0.0, 1.0]), torch.tensor([False, True]), torch.tensor([0, 1], dtype=torch.int32)],
+    ids=["list", "float", "bool", "int32"],
+)
+def test_records_are_int64(spec: MakeSpec, records: Any) -> None:
+    model = linear()
+    private = private_sgd(model, spec())
+    with pytest.raises(TypeError, match="int64"):
+        private.backward(model(torch.randn(2, 3)).sum(1), records=records)
+    assert private.steps_charged == 0
+
+
+def test_wrong_types_are_named(spec: MakeSpec) -> None:
+    model = linear()
+    inner = torch.optim.SGD(model.parameters())
+    for name, arguments in {
+        "model": (lambda x: x, inner, spec()),
+        "optimizer": (model, object(), spec()),
+        "spec": (model, inner, spec().to_dict()),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name} must be"):
+            PrivateOptimizer(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^ledger must be"):
+        PrivateOptimizer(model, inner, spec(), ledger="ledger.jsonl")  # type: ignore[arg-type]
+    private = PrivateOptimizer(model, inner, spec())
+    with pytest.raises(TypeError, match="losses"):
+        private.backward([1.0, 2.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not the state_dict of a PrivateOptimizer"):
+        private.load_state_dict(inner.state_dict())
+
+
+@pytest.mark.parametrize("name", ["spec", "ledger", "optimizer", "sampler"])
+def test_what_a_run_is_made_of_cannot_be_exchanged(spec: MakeSpec, name: str) -> None:
+    private = private_sgd(linear(), spec())
+    with pytest.raises(AttributeError):
+        setattr(private, name, None)
 
 
 def test_a_poisoned_record_leaves_finite_parameters(spec: MakeSpec) -> None:
@@ -214,6 +304,37 @@ def test_frozen_parameters_may_sit_in_a_group(spec: MakeSpec) -> None:
     private = private_sgd(model, spec())
     private.step()
     assert torch.equal(model.bias, before)
+
+
+def test_a_frozen_parameter_with_a_gradient_is_not_stepped(spec: MakeSpec) -> None:
+    """A left-over .grad of a frozen parameter would be applied at every step, unclipped and without noise."""
+    model = nn.Sequential(linear(3, 3), linear(3, 2))
+    model(torch.randn(4, 3)).sum().backward()
+    model[0].requires_grad_(False)
+    model[1].zero_grad()
+    with pytest.raises(RuntimeError, match=r"2 tensors .* hold a \.grad"):
+        private_sgd(model, spec())
+    model.zero_grad()
+    private = private_sgd(model, spec())
+    before = flat(model[0])
+    model[0].requires_grad_(True)
+    model[0](torch.randn(4, 3)).sum().backward()
+    model[0].requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"2 tensors .* hold a \.grad"):
+        private.step()
+    assert torch.equal(flat(model[0]), before)
+    assert private.steps_charged == 0
+    model[0].zero_grad()
+    private.step()
+
+
+def test_a_parameter_replaced_after_the_backward_is_noticed(spec: MakeSpec) -> None:
+    model = linear()
+    private = private_sgd(model, spec())
+    private.backward(model(torch.randn(4, 3)).sum(1))
+    model.weight = nn.Parameter(torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="replaced"):
+        private.step()
 
 
 def test_lbfgs_is_refused(spec: MakeSpec) -> None:
@@ -285,6 +406,15 @@ def test_resume_from_state(spec: MakeSpec) -> None:
     second.load_state_dict({**state, "steps_charged": 1})
     assert second.steps_charged == 3
     second.close()
+    for steps, fits in ((5, False), (2, True)):
+        sampler = PoissonSampler.for_spec(spec(steps=5), 60, steps=steps)
+        inner = torch.optim.Adam(model.parameters())
+        with PrivateOptimizer(model, inner, spec(steps=5), sampler=sampler) as third:
+            if fits:
+                third.load_state_dict(state)
+            else:
+                with pytest.raises(RuntimeError, match="build it with steps=2"):
+                    third.load_state_dict(state)
     other = PrivateOptimizer(model, torch.optim.Adam(model.parameters()), spec(steps=6))
     with pytest.raises(RuntimeError, match="another PrivacySpec"):
         other.load_state_dict(state)
@@ -338,22 +468,6 @@ def test_checkpoints_cannot_roll_a_ledger_back(spec: MakeSpec, tmp_path: Path) -
             fresh.load_state_dict(late)
     with pytest.raises(RuntimeError, match="pass it as ledger="):
         private_sgd(linear(), made).load_state_dict(late)
-
-
-def test_copies_and_forks_cannot_spend_the_same_reservation(spec: MakeSpec, tmp_path: Path) -> None:
-    with PrivacyLedger(tmp_path / "ledger", spec()) as ledger:
-        private = private_sgd(linear(), spec(), ledger=ledger)
-        private.step()
-        with pytest.raises(TypeError, match="copied"):
-            copy.deepcopy(private)
-        child = os.fork()
-        if child == 0:
-            try:
-                private.step()
-            except RuntimeError:
-                os._exit(17)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
 
 
 def test_ledger_of_another_spec_is_refused(spec: MakeSpec, tmp_path: Path) -> None:

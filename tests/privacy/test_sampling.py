@@ -75,6 +75,24 @@ def test_steps_are_drawn_once() -> None:
     assert len(sampler) == 3
 
 
+def test_the_last_batch_is_kept_apart_from_what_was_given_out() -> None:
+    sampler = PoissonSampler(50, 0.5, 3)
+    assert sampler.last_batch is None
+    batch = next(iter(sampler))
+    drawn = batch.tolist()
+    batch.zero_()
+    assert sampler.last_batch is not None
+    assert sampler.last_batch.tolist() == drawn
+    sampler.last_batch.zero_()
+    assert sampler.last_batch.tolist() == drawn
+
+
+@pytest.mark.parametrize("name", ["sample_rate", "num_records", "steps", "drawn", "last_batch"])
+def test_a_sampler_cannot_be_changed(name: str) -> None:
+    with pytest.raises(AttributeError):
+        setattr(PoissonSampler(50, 0.5, 3), name, 1)
+
+
 def test_batches_differ_between_samplers_unless_seeded() -> None:
     def draw(seed: int | None) -> list[int]:
         return next(iter(PoissonSampler(1000, 0.5, 1, insecure_seed=seed))).tolist()

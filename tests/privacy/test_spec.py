@@ -18,6 +18,7 @@ MakeSpec = Callable[..., PrivacySpec]
     [
         ("sample_rate", 0.0),
         ("sample_rate", 1.0001),
+        ("sample_rate", 5e-20),  # below 2^-64
         ("sample_rate", math.nan),
         ("steps", 0),
         ("noise_multiplier", -0.1),

@@ -62,8 +62,10 @@ def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path: Path, at: 
 def test_a_finished_run_does_nothing_more(tmp_path: Path):
     first = Regression().fit(tmp_path)
     again = Regression()
+    again.model.train()
     assert_same(again.fit(tmp_path), first)
     assert again.calls == 0
+    assert not again.model.training
 
 
 def test_a_crash_costs_at_most_the_steps_since_the_checkpoint(tmp_path: Path):
@@ -126,6 +128,23 @@ def test_the_log_drops_what_a_resumed_run_repeats(tmp_path: Path):
         ("2", "0.666667"),
         ("3", "9"),
     ]
+
+
+def test_a_row_that_a_crash_tore_is_left_out(tmp_path: Path):
+    log = tmp_path / "log.csv"
+    for torn in (",0.5\n", "7", "\0\0\0\0", "7,\n", "x,1\n"):
+        log.write_text("step,loss\n0,1.5\n1,1.25\n" + torn)
+        assert [r["step"] for r in read_log(log)] == ["0", "1"], torn
+        CsvLog(log, ("step", "loss"), resume_before=9).append(step=2, loss=1.0)
+        assert [r["step"] for r in read_log(log)] == ["0", "1", "2"], torn
+
+
+def test_a_run_folder_belongs_to_one_command(tmp_path: Path):
+    RunFolder(tmp_path, {"command": "finetune", "n": 1})
+    with pytest.raises(ValueError, match="belongs to a run of 'wavedp finetune'"):
+        RunFolder(tmp_path, {"command": "sample", "n": 1}, overwrite=True)
+    RunFolder(tmp_path / "s", {"command": "sample", "n": 1})
+    RunFolder(tmp_path / "s", {"command": "sample", "n": 2}, overwrite=True)
 
 
 def test_a_run_folder_refuses_other_settings(tmp_path: Path):

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,28 @@ def test_curves_draw_each_series(tmp_path):
     assert (one == blue).all(axis=2).any()
     assert not (one == orange).all(axis=2).any()
     assert (two == orange).all(axis=2).any()
+
+
+def test_a_single_curve_is_named_in_the_picture(tmp_path):
+    for name in ("loss_not_private", "loss"):
+        save_curves(tmp_path / f"{name}.png", {name: (range(5), [1.0] * 5)})
+    long, short = (pixels_of(tmp_path / f"{name}.png") for name in ("loss_not_private", "loss"))
+    assert (long < 100).all(axis=2).sum() > (short < 100).all(axis=2).sum() + 100  # the ink of "_not_private"
+
+
+@pytest.mark.parametrize(
+    ("missing", "write", "extra"),
+    [
+        (["PIL", "PIL.Image"], lambda path: save_grid(path, [("a", torch.zeros(1, 1, 8, 8))]), "data"),
+        (["matplotlib", "matplotlib.figure"], lambda path: save_curves(path, {"a": ([1], [1])}), "demo"),
+    ],
+    ids=["grid", "curves"],
+)
+def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, missing, write, extra):
+    for module in missing:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"{missing[0]} is needed here: pip install 'wavedp\[{extra}\]'"):
+        write(tmp_path / "picture.png")
 
 
 def test_curves_refuse_what_they_cannot_draw(tmp_path):

@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,15 @@ from wavedp.models import (
     SpectralTokenizerConfig,
     load_autoregressive,
 )
-from wavedp.privacy import PrivacyLedger, PrivacySpec
-from wavedp.training.private import PrivateTrainingConfig, finetune_private, freeze_all_but, update_average
+from wavedp.privacy import PrivacyLedger, PrivacySpec, PrivateOptimizer
+from wavedp.storage import load_folder
+from wavedp.training.private import (
+    PrivateTrainingConfig,
+    finetune_private,
+    freeze_all_but,
+    load_private_checkpoint,
+    update_average,
+)
 from wavedp.training.public import tokenize
 
 SPEC = PrivacySpec(
@@ -85,6 +93,100 @@ def test_a_run_leaves_model_ledger_and_statement(
         assert ledger.remaining == 0
 
 
+def test_the_model_holds_the_average_of_the_released_weights(
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path
+):
+    model = make_model()
+    finetune_private(dataset, tokenizer, model, SPEC, CONFIG, tmp_path, progress=False)
+    config, tensors = load_folder(tmp_path / "checkpoint")
+    assert config["released"] == 8
+    for name, value in model.named_parameters():
+        assert torch.equal(value, tensors[f"average.{name}"]), name
+        assert not torch.equal(value, tensors[f"model.{name}"]), name
+    assert model.config.privately_trained
+
+
+def test_adam_goes_on_where_it_was(dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path):
+    """The moments come back from the checkpoint, and so do the weights that they belong to."""
+    finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path, progress=False)
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters())
+    average = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    with PrivacyLedger(tmp_path / "ledger.jsonl", SPEC) as ledger:
+        assert load_private_checkpoint(tmp_path / "checkpoint", model, optimizer, average, ledger) == 8
+    _, tensors = load_folder(tmp_path / "checkpoint")
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        state = optimizer.state[parameter]
+        assert int(state["step"]) == 8
+        assert torch.equal(state["exp_avg"], tensors[f"optimizer.{index}.exp_avg"])
+        assert torch.equal(parameter, tensors[f"model.{name}"])
+        assert torch.equal(average[name], tensors[f"average.{name}"])
+
+
+def test_a_crash_loses_at_most_the_steps_since_the_checkpoint_and_says_so(
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path
+):
+    """A process that dies in its sixth step, with checkpoints every two."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            original, calls = PrivateOptimizer.step, 0
+
+            def dying(self: PrivateOptimizer, *arguments: object) -> None:
+                nonlocal calls
+                calls += 1
+                if calls == 6:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                original(self, *arguments)
+
+            PrivateOptimizer.step = dying
+            finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path, progress=False)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status)
+    assert load_folder(tmp_path / "checkpoint")[0]["released"] == 4
+    statement = finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path, progress=False)
+    assert statement.steps_charged == 8
+    released = load_folder(tmp_path / "checkpoint")[0]["released"]
+    assert released <= 7
+    assert f"{8 - released} charged steps are not in the model: a crash lost them." in statement.warnings
+
+
+def test_when_every_charged_step_was_lost_there_is_no_model(
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path
+):
+    with PrivacyLedger(tmp_path / "ledger.jsonl", SPEC) as ledger:
+        ledger.reserve(8)
+    with pytest.raises(RuntimeError, match="there is no fine-tuned model"):
+        finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path, progress=False)
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "privacy.json").exists()
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_charged(
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path
+):
+    def refused(message: str, spec: PrivacySpec = SPEC, **sizes: object) -> None:
+        values = {"num_classes": 2, "tokens_per_scale": 4, "num_scales": 1, "approximation_codes": 256}
+        config = AutoregressiveConfig(**{**values, "detail_codes": 256, "width": 16, "heads": 2, **sizes})
+        with pytest.raises(ValueError, match=message):
+            finetune_private(
+                dataset, tokenizer, AutoregressiveTransformer(config), spec, CONFIG, tmp_path / "x", progress=False
+            )
+        assert not (tmp_path / "x").exists()
+
+    refused("the model has 16 tokens per scale, the tokenizer 4", tokens_per_scale=16)
+    refused("the model has 9 approximation codes", approximation_codes=9)
+    refused("the model has 7 scales, the tokenizer only 3", num_scales=7)
+    refused("another tokenizer", tokenizer_fingerprint="0" * 64)
+    refused("already fine-tuned on sensitive images", privately_trained=True)
+    refused("has 2 classes, the model 3", num_classes=3)
+    refused("no finite epsilon", spec=replace(SPEC, noise_multiplier=0.04))
+    with pytest.raises(ValueError, match=r"call \.eval\(\) first"):
+        tokenize(tokenizer.train(), dataset, 1)
+
+
 def test_only_chosen_parameters_move(dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path):
     model = make_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -104,32 +206,29 @@ def test_a_finished_run_is_not_trained_again(dataset: TensorImageDataset, tokeni
         assert torch.equal(again.state_dict()[name], value), name
 
 
-def test_an_interrupted_run_continues_and_charges_every_attempt(
+def test_an_interrupted_run_leaves_a_usable_model_and_continues_at_no_cost(
     dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    model, calls = make_model(), 0
-    loss = AutoregressiveTransformer.loss
+    step, calls = PrivateOptimizer.step, 0
 
-    def interrupting(self: AutoregressiveTransformer, *arguments: torch.Tensor) -> torch.Tensor:
+    def interrupting(self: PrivateOptimizer, *arguments: object) -> None:
         nonlocal calls
         calls += 1
         if calls == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return loss(self, *arguments)
+        step(self, *arguments)
 
-    monkeypatch.setattr(AutoregressiveTransformer, "loss", interrupting)
+    monkeypatch.setattr(PrivateOptimizer, "step", interrupting)
     with pytest.raises(KeyboardInterrupt):
-        finetune_private(dataset, tokenizer, model, SPEC, CONFIG, tmp_path, progress=False)
+        finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path, progress=False)
     monkeypatch.undo()
-    checkpoint = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
-    with PrivacyLedger(tmp_path / "ledger.jsonl", SPEC) as ledger:
-        charged = ledger.charged
-    assert 1 <= checkpoint["released"] <= 3
-    assert charged >= checkpoint["released"]
+    assert load_folder(tmp_path / "checkpoint")[0]["released"] == 3
+    assert load_autoregressive(tmp_path / "model").config.privately_trained
+    assert json.loads((tmp_path / "privacy.json").read_text())["steps_charged"] == 3
     statement = finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path, progress=False)
     assert statement.steps_charged == 8
-    final = json.loads((tmp_path / "checkpoint" / "config.json").read_text())["released"]
-    assert final == checkpoint["released"] + 8 - charged  # steps that were charged and lost are not had twice
+    assert statement.warnings == ()
+    assert load_folder(tmp_path / "checkpoint")[0]["released"] == 8
 
 
 def test_a_ledger_of_another_run_is_refused(dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path):

@@ -50,8 +50,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        shown = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
-        return f"{text} (default: %(default)s)" if shown else text
+        hidden = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        return text if hidden or not action.option_strings else f"{text} (default: %(default)s)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

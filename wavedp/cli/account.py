@@ -10,6 +10,7 @@ Epsilon is the pessimistic PLD bound; the optimistic PLD bound and the Renyi bou
 
 import argparse
 import json
+import math
 
 from wavedp.cli import arguments as shared
 from wavedp.privacy import accounting
@@ -48,8 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
         "epsilon_lower_bound": lower,
         "epsilon_rdp": accounting.epsilon_rdp(noise_multiplier=noise, steps=steps, **question),
     }
+    if not math.isfinite(upper):
+        raise ValueError(f"noise multiplier {noise:g} gives no finite epsilon; raise it")
     if arguments.json:
         print(json.dumps(answer, indent=2))
     else:
         for name, value in answer.items():
-            print(f"{name.replace('_', ' '):20} {value:.6g}")
+            shown = value if isinstance(value, int) else f"{value:.6g}"
+            print(f"{name.replace('_', ' '):20} {shown}")

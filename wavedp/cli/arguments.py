@@ -10,6 +10,7 @@ import torch
 
 from wavedp.data import ImageDataset, open_dataset
 from wavedp.data.catalog import Split
+from wavedp.extras import import_extra
 from wavedp.training.loop import TrainingConfig
 
 Number = TypeVar("Number", int, float)
@@ -50,6 +51,7 @@ def bounded(
 
 
 positive_int = bounded(int, minimum=1)
+seed = bounded(int, minimum=0, maximum=2**31 - 1)
 positive_float = bounded(float, above=0, below=float("inf"))
 
 
@@ -58,14 +60,14 @@ def add_run(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
     if out:
         group.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder to write into, or resume")
     group.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
-    group.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads; without it torch chooses")
-    group.add_argument("--seed", type=bounded(int, minimum=0), default=0, help="seed of everything that is public")
+    group.add_argument("--threads", type=bounded(int, minimum=1, maximum=1024), metavar="N", help="CPU threads to use")
+    group.add_argument("--seed", type=seed, default=0, help="seed of everything public")
     group.add_argument("--no-progress", action="store_true", help="no progress bar")
     group.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
 
 
-def add_data(parser: argparse.ArgumentParser, what: str, *, sizes: bool = True) -> None:
-    """``sizes``: whether the image geometry is asked for, or comes from a model."""
+def add_data(parser: argparse.ArgumentParser, what: str, *, sizes: bool = True, split: bool = True) -> None:
+    """``sizes``, ``split``: whether the geometry and the split are asked for, or decided by the command."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
@@ -74,7 +76,8 @@ def add_data(parser: argparse.ArgumentParser, what: str, *, sizes: bool = True) 
         help=f"{what}: 'digits', 'glyphs', 'silhouettes', an image folder with class sub-folders, a folder of IDX "
         "files (.gz too), or a .zip",
     )
-    group.add_argument("--split", choices=("train", "test", "all"), default="train", help="which part of the data")
+    if split:
+        group.add_argument("--split", choices=("train", "test", "all"), default="train", help="which part of the data")
     group.add_argument("--classes", metavar="A,B,...", help="class names in label order (default: as the data says)")
     group.add_argument("--fit", choices=("crop", "pad"), default="crop", help="how a picture becomes square")
     group.add_argument("--skip-bad", action="store_true", help="skip and count unreadable images instead of stopping")
@@ -146,8 +149,8 @@ def training_config(arguments: argparse.Namespace) -> TrainingConfig:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a run folder records: every argument that decides the result."""
-    left_out = {"run", "out", "no_progress", "traceback", "threads"}
+    """What a run folder records: every argument that decides the result, and no other."""
+    left_out = {"run", "out", "no_progress", "traceback", "threads", "device", "save_every", "physical_batch_size"}
     return {
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(arguments).items()
@@ -156,12 +159,14 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare_device(arguments: argparse.Namespace) -> torch.device:
-    """Applies ``--threads``, and refuses a device that is not there."""
+    """Applies ``--threads``, and refuses a device that is not there; also that pictures can be written, before the work
+    that they would show."""
+    import_extra("PIL", "data")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
         device = torch.device(arguments.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {arguments.device} cannot be used here: {error}") from error
     return device

@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     device = shared.prepare_device(arguments)
-    folder = RunFolder(arguments.out, shared.settings(arguments))
     dataset = shared.open_data(arguments, image_size=arguments.image_size, channels=arguments.channels)
+    folder = RunFolder(arguments.out, shared.settings(arguments))
     resolver, _ = train_espcn(
         dataset,
         scale=arguments.scale,

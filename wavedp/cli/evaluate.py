@@ -18,6 +18,7 @@ from wavedp.cli import arguments as shared
 from wavedp.data import ImageDataset, open_dataset, to_unit_range
 from wavedp.storage import write_json
 from wavedp.training.evaluation import evaluate_synthetic
+from wavedp.training.results import folder_names
 from wavedp.training.runs import RunFolder
 
 
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder written by 'wavedp sample', or its images/",
     )
-    shared.add_data(parser, "real images to test on (its test split) and to train the ceiling on (its train split)")
+    shared.add_data(
+        parser, "real images to test on (its test split) and to train the ceiling on (its train split)", split=False
+    )
     parser.add_argument("--epochs", type=shared.positive_int, default=15, help="epochs of each classifier")
     parser.add_argument("--num-seeds", type=shared.positive_int, default=3, help="classifiers trained; mean and spread")
     parser.add_argument("--no-ceiling", action="store_true", help="do not train on the real training split")
@@ -38,11 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     device = shared.prepare_device(arguments)
-    folder = RunFolder(arguments.out, shared.settings(arguments), overwrite=True)
     size, channels = arguments.image_size, arguments.channels
     test = shared.open_data(arguments, image_size=size, channels=channels, split="test")
     source = arguments.synthetic / "images" if (arguments.synthetic / "images").is_dir() else arguments.synthetic
-    synthetic = open_dataset(source, image_size=size, channels=channels, split="all", classes=test.classes)
+    names = folder_names(test.classes)
+    synthetic = open_dataset(source, image_size=size, channels=channels, split="all", classes=names)
+    folder = RunFolder(arguments.out, shared.settings(arguments), overwrite=True)
     metrics: dict[str, Any] = {"private": False, "image_size": size}
     metrics["synthetic"] = accuracy_over_seeds(synthetic, test, arguments, device)
     if not arguments.no_ceiling:

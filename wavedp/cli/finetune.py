@@ -103,8 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(model_folder(arguments.tokenizer), device)
     model = load_autoregressive(model_folder(arguments.model), device)
     layout = tokenizer.layout
-    folder = RunFolder(arguments.out, shared.settings(arguments))
     dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
+    folder = RunFolder(arguments.out, shared.settings(arguments))
     config = PrivateTrainingConfig(
         learning_rate=arguments.learning_rate,
         ema_decay=arguments.ema_decay,
@@ -116,6 +116,8 @@ def run(arguments: argparse.Namespace) -> None:
         dataset, tokenizer, model, spec, config, folder.path, progress=not arguments.no_progress
     )
     show_samples(tokenizer, model, dataset.classes, folder, seed=arguments.seed)
-    save_log(folder / "log.png", folder / "log.csv", ("loss_not_private",))
+    save_log(
+        folder / "log.png", folder / "log.csv", ("loss_not_private",), title="loss on sensitive images: NOT private"
+    )
     print(statement.to_text())
     print(f"\nmodel: {folder / 'model'}; look at {folder / 'samples.png'}")

@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     device = shared.prepare_device(arguments)
     tokenizer = load_tokenizer(model_folder(arguments.tokenizer), device)
     layout = tokenizer.layout
-    folder = RunFolder(arguments.out, shared.settings(arguments))
     dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
+    folder = RunFolder(arguments.out, shared.settings(arguments))
     config = autoregressive_config(
         tokenizer,
         classes=dataset.classes,

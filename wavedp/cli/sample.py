@@ -13,8 +13,9 @@ import torch
 from wavedp.cli import arguments as shared
 from wavedp.cli.pretrain import model_folder
 from wavedp.cli.upscale import add_super_resolver, super_resolver
-from wavedp.models import load_autoregressive, load_tokenizer
+from wavedp.models import check_compatible, load_autoregressive, load_tokenizer
 from wavedp.pipeline import CoarseToFineOutput, CoarseToFinePipeline
+from wavedp.storage import write_bytes
 from wavedp.training.pictures import save_grid
 from wavedp.training.results import save_images
 from wavedp.training.runs import RunFolder
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder written by 'wavedp tokenizer'")
     source.add_argument("--model", type=Path, metavar="DIR", help="folder written by 'wavedp finetune' or 'pretrain'")
     source.add_argument("--classes", metavar="A,B,...", help="names of the classes (default: as in training)")
-    add_super_resolver(parser, default="bicubic")
+    add_super_resolver(parser, default=None)
     group = parser.add_argument_group("sampling")
     group.add_argument("--num-images", type=shared.positive_int, default=100, help="images in all")
     group.add_argument(
@@ -39,15 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="divides the logits; 0 is greedy",
     )
     group.add_argument("--top-k", type=shared.positive_int, metavar="K", help="sample among the K likeliest tokens")
-    group.add_argument("--guidance-scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
+    group.add_argument(
+        "--guidance-scale",
+        type=shared.bounded(float, minimum=-100, maximum=100),
+        default=1.0,
+        help="classifier-free guidance; 1 is none",
+    )
     group.add_argument("--batch-size", type=shared.positive_int, default=256, help="images at once")
     shared.add_run(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     device = shared.prepare_device(arguments)
-    folder = RunFolder(arguments.out, shared.settings(arguments), overwrite=True)
     pipeline = build_pipeline(arguments, device)
+    folder = RunFolder(arguments.out, shared.settings(arguments), overwrite=True)
     labels = shared.class_names(arguments.labels)
     output = pipeline(
         None if labels is None else [label_of(name, pipeline.classes) for name in labels],
@@ -60,24 +66,46 @@ def run(arguments: argparse.Namespace) -> None:
         progress=not arguments.no_progress,
     )
     pipeline.save_pretrained(folder / "pipeline")
+    carry_statement(arguments, folder)
     write_output(output, pipeline.classes, folder)
     print(f"{len(output.images)} images in {folder / 'images'}; look at {folder / 'grid.png'}")
 
 
 def build_pipeline(arguments: argparse.Namespace, device: torch.device) -> CoarseToFinePipeline:
+    """The saved pipeline, with another super-resolver if one is named; or one made of its parts."""
     if arguments.pipeline is not None:
-        if arguments.tokenizer is not None or arguments.model is not None:
-            raise ValueError("give either --pipeline or --tokenizer and --model")
-        path = arguments.pipeline / "pipeline" if (arguments.pipeline / "pipeline").is_dir() else arguments.pipeline
-        return CoarseToFinePipeline.from_pretrained(path, device=device)
+        if arguments.tokenizer is not None or arguments.model is not None or arguments.classes is not None:
+            raise ValueError("give either --pipeline, or --tokenizer, --model and --classes")
+        pipeline = CoarseToFinePipeline.from_pretrained(pipeline_folder(arguments.pipeline), device=device)
+        if arguments.sr is not None:
+            side = pipeline.tokenizer.layout.image_size
+            pipeline.super_resolver = super_resolver(arguments, pipeline.coarse_size, side, device)
+        elif arguments.sr_path is not None:
+            raise ValueError("--sr-path needs --sr, the name of the model it is for")
+        return pipeline
     if arguments.tokenizer is None or arguments.model is None:
         raise ValueError("give --pipeline, or both --tokenizer and --model")
     tokenizer = load_tokenizer(model_folder(arguments.tokenizer), device)
     model = load_autoregressive(model_folder(arguments.model), device)
+    check_compatible(tokenizer, model.config)
+    arguments.sr = arguments.sr or "bicubic"
     coarse_size = tokenizer.layout.resolution(model.config.num_scales)
     resolver = super_resolver(arguments, coarse_size, tokenizer.layout.image_size, device)
     classes = shared.class_names(arguments.classes)
     return CoarseToFinePipeline(tokenizer, model, resolver, classes=classes).to(device)
+
+
+def pipeline_folder(path: Path) -> Path:
+    """A run folder stands for the pipeline inside it."""
+    return path / "pipeline" if (path / "pipeline").is_dir() else path
+
+
+def carry_statement(arguments: argparse.Namespace, folder: RunFolder) -> None:
+    """Copies the privacy statement of the model, if it has one, next to the pipeline that holds its weights."""
+    source = arguments.model if arguments.pipeline is None else pipeline_folder(arguments.pipeline)
+    for name in ("privacy.json", "privacy.txt"):
+        if (source / name).is_file():
+            write_bytes(folder / "pipeline" / name, (source / name).read_bytes())
 
 
 def label_of(name: str, classes: tuple[str, ...]) -> int | str:

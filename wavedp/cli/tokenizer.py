@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
         detail_codes=arguments.detail_codes,
         code_dim=arguments.code_dim,
     )
-    folder = RunFolder(arguments.out, shared.settings(arguments))
     dataset = shared.open_data(arguments, image_size=config.image_size, channels=config.channels)
+    folder = RunFolder(arguments.out, shared.settings(arguments))
     training = shared.training_config(arguments)
     model = train_tokenizer(dataset, config, training, folder.path, device=device, progress=not arguments.no_progress)
     show_reconstructions(model, dataset, folder)

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from-size", type=shared.positive_int, required=True, metavar="PX", help="side of the inputs")
     parser.add_argument("--to-size", type=shared.positive_int, required=True, metavar="PX", help="side of the outputs")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1 grey, 3 RGB")
+    parser.add_argument("--fit", choices=("crop", "pad"), default="crop", help="how a picture becomes square")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count unreadable images instead of stopping")
     parser.add_argument("--batch-size", type=shared.positive_int, default=16, help="images per call of the model")
     add_super_resolver(parser, default="bicubic")
@@ -35,27 +36,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_super_resolver(parser: argparse.ArgumentParser, *, default: str | None) -> None:
     group = parser.add_argument_group("super-resolution")
     names = ", ".join(superres.available())
-    group.add_argument("--sr", default=default, metavar="NAME", help=f"one of {names}; chains as A+B")
+    group.add_argument(
+        "--sr",
+        default=default,
+        metavar="NAME",
+        help=f"one of {names}; chains as A+B" + ("" if default else "; bicubic, or what the pipeline has"),
+    )
     group.add_argument("--sr-path", metavar="PATH", help="weights: a local folder or a hub id")
 
 
 def super_resolver(arguments: argparse.Namespace, from_size: int, to_size: int, device: torch.device) -> SuperResolver:
-    options = {} if arguments.sr_path is None else {"path": arguments.sr_path}
+    """A run folder of 'wavedp espcn' stands for the network inside it."""
+    options = {}
+    if arguments.sr_path is not None:
+        inside = Path(arguments.sr_path) / "espcn"
+        options["path"] = str(inside) if arguments.sr == "espcn" and inside.is_dir() else arguments.sr_path
     return superres.to_size(arguments.sr, from_size, to_size, device=device, **options)
 
 
 def run(arguments: argparse.Namespace) -> None:
     device = shared.prepare_device(arguments)
-    folder = RunFolder(arguments.out, shared.settings(arguments), overwrite=True)
     dataset = open_dataset(
         arguments.images,
         image_size=arguments.from_size,
         channels=arguments.channels,
         split="all",
+        fit=arguments.fit,
         skip_bad=arguments.skip_bad,
     )
     shared.report_skipped(dataset)
     resolver = super_resolver(arguments, arguments.from_size, arguments.to_size, device)
+    folder = RunFolder(arguments.out, shared.settings(arguments), overwrite=True)
     from tqdm import tqdm
 
     outputs = []

@@ -3,7 +3,7 @@
 
 The classes come from folders inside the archive, or from a tab-separated ``index.tsv`` beside or inside
 it, with a header line and the columns ``file`` (the member), ``name`` or ``class``, and optionally
-``split`` ("train" or "test").
+``split`` ("train" or "test"). A member is one record: a second line that names it is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from wavedp.data.catalog import PictureEntry
 from wavedp.data.layout import named_like_an_image, place_files
-from wavedp.data.picture_file import MAX_FILE_BYTES, BadImageError, printable
+from wavedp.data.picture_file import LISTED_BEFORE, MAX_FILE_BYTES, BadImageError, printable
 
 MAX_INDEX_BYTES = 2**28
 INDEX_NAME = "index.tsv"
@@ -121,12 +121,16 @@ def _from_index(
         if "file" not in columns or class_column is None:
             raise ValueError(f'{index} needs the columns "file" and "name" or "class", has {list(columns)}')
         entries, refused = [], []
+        listed: set[str] = set()
         for line, row in enumerate(rows, start=2):
             file, class_name, split = row["file"], row[class_column], row.get("split")
             if not file or not class_name or split not in (None, "train", "test"):
                 raise ValueError(f"{index}, line {line}: expected a file, a class, and a split of train or test")
             location = f"{archive}/{file}"
-            if file in members:
+            if file in listed:
+                refused.append(BadImageError(location, f"{LISTED_BEFORE} ({index}, line {line})"))
+            elif file in members:
+                listed.add(file)
                 reader = read.reader(members[file])
                 entries.append(PictureEntry(file, location, class_name, split, reader))
             else:

@@ -52,17 +52,18 @@ class PictureEntry:
     read: Callable[[], bytes]
 
 
-def in_split(key: str, own: str | None, split: Split) -> bool:
+def in_split(key: str | bytes, own: str | None, split: Split) -> bool:
     """Whether an image belongs to ``split``.
 
     Where the source has no split of its own (``own`` is None), an image is in "test" when the first eight
     bytes of the SHA-256 of its key are a multiple of five: about one in five, and independent of which
-    other images there are.
+    other images there are, so the key must be the image's own: its path, or its content, never its position.
     """
     if split == "all":
         return True
     if own is None:
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        content = key if isinstance(key, bytes) else key.encode("utf-8", "surrogateescape")
+        digest = hashlib.sha256(content).digest()
         own = "test" if int.from_bytes(digest[:8], "big") % _TEST_SHARE == 0 else "train"
     return own == split
 
@@ -92,7 +93,7 @@ def load_catalog(
 
     Raises:
         BadImageError: for the first bad file, unless ``skip_bad``.
-        ValueError: if nothing is left, or an entry's class is not in ``classes``.
+        ValueError: if nothing is left, an entry's class is not in ``classes``, or a class has two places there.
         OSError: if the temporary file does not fit on its disk.
     """
     skipped = [(printable(error.file), error.reason) for error in refused]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -24,11 +25,18 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 255
 
 
+def check_distinct(classes: Sequence[str]) -> None:
+    """Raises ValueError if a class name is repeated: a name must mean one label."""
+    repeated = [class_name for class_name, times in Counter(classes).items() if times > 1]
+    if repeated:
+        raise ValueError(f"class names must be distinct, {repeated} are repeated in {list(classes)}")
+
+
 class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
     """A map-style data set whose item ``i`` is ``(uint8 image [C, H, W], label)``, H = W = ``image_size``.
 
     Attributes:
-        classes: the name of each class; a label is an index into it.
+        classes: the name of each class, distinct; a label is an index into it.
         labels: int64 ``[N]``.
         image_size: side of the square images in pixels.
         channels: 1 (grey) or 3 (RGB).
@@ -50,6 +58,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
             raise ValueError(f"labels of {name!r} must be int64 [N], got {labels.dtype} {list(labels.shape)}")
         if not classes:
             raise ValueError(f"{name!r} has no classes")
+        check_distinct(classes)
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
             raise ValueError(
                 f"labels of {name!r} span {int(labels.min())}..{int(labels.max())}, "

@@ -16,6 +16,7 @@ from torch import Tensor
 from wavedp.data.catalog import Split
 from wavedp.data.dataset import TensorImageDataset
 from wavedp.data.resize import Fit, check_geometry, fit_pixels
+from wavedp.extras import import_extra
 
 SCAN_SIZE = 8
 NUM_TEST = 360
@@ -46,6 +47,7 @@ def load_digits_dataset(
 
     Raises:
         ValueError: for an unknown split or geometry.
+        ImportError: if scikit-learn is missing (``pip install 'wavedp[demo]'``).
     """
     check_geometry(image_size, channels, fit, background)
     scans, labels = native_digits()
@@ -64,10 +66,12 @@ def load_digits_dataset(
 
 
 def native_digits() -> tuple[Tensor, Tensor]:
-    """The scans as published: uint8 ``[1797, 1, 8, 8]`` with values 0..16, and int64 labels ``[1797]``."""
-    from sklearn.datasets import load_digits
+    """The scans as published: uint8 ``[1797, 1, 8, 8]`` with values 0..16, and int64 labels ``[1797]``.
 
-    bunch = load_digits()
+    Raises:
+        ImportError: if scikit-learn is missing (``pip install 'wavedp[demo]'``).
+    """
+    bunch = import_extra("sklearn.datasets", "demo").load_digits()
     scans = torch.from_numpy(np.asarray(bunch.images, dtype=np.uint8))[:, None]
     return scans, torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
 

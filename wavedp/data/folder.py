@@ -10,15 +10,16 @@ from pathlib import Path
 
 from wavedp.data.catalog import PictureEntry
 from wavedp.data.layout import named_like_an_image, place_files
-from wavedp.data.picture_file import MAX_FILE_BYTES, BadImageError
+from wavedp.data.picture_file import LISTED_BEFORE, MAX_FILE_BYTES, BadImageError, printable
 
 
 def list_folder(root: Path) -> tuple[list[PictureEntry], list[BadImageError]]:
     """What is in an image folder, placed by :func:`wavedp.data.layout.place_files`.
 
     Names that begin with a dot are ignored, and so are loose files beside class folders unless they are
-    named like images, which is refused. Links to files are followed only inside ``root``; links to
-    folders, and files that are not regular (sockets, pipes, devices), are refused.
+    named like images, which is refused. Links to files are followed only inside ``root``, and refused where
+    the file they lead to is listed itself or by an earlier link: one image is one record. Links to folders,
+    and files that are not regular (sockets, pipes, devices), are refused.
 
     Returns:
         The entries sorted by path, and what was refused.
@@ -38,12 +39,21 @@ def list_folder(root: Path) -> tuple[list[PictureEntry], list[BadImageError]]:
     files = ["/".join(path.relative_to(root).parts) for path in paths]
     entries = []
     true_root = root.resolve()
-    for path, file, place in zip(paths, files, place_files(files, true_root.name or "images"), strict=True):
+    places = place_files(files, true_root.name or "images")
+    targets = [_target(path) for path in paths]
+    first: dict[Path, Path] = {}  # target: the path that is its record; a file's own name goes before links to it
+    for path, target, place in sorted(zip(paths, targets, places, strict=True), key=lambda item: item[0].is_symlink()):
+        if target is not None and place is not None:
+            first.setdefault(target, path)
+    for path, file, target, place in zip(paths, files, targets, places, strict=True):
         if place is None:
             if named_like_an_image(file):
                 refused.append(BadImageError(str(path), "lies beside the class folders, not in one"))
-        elif not _is_inside(path, true_root):
+        elif target is None or not target.is_relative_to(true_root):
             refused.append(BadImageError(str(path), "a link that leads out of the image folder"))
+        elif first[target] != path:
+            reason = f"{LISTED_BEFORE} (the same file as {printable(str(first[target]))})"
+            refused.append(BadImageError(str(path), reason))
         else:
             entries.append(PictureEntry(file, str(path), place.class_name, place.split, _reader(path)))
     if not entries and not refused:
@@ -64,11 +74,11 @@ def _walk(root: Path, refused: list[BadImageError]) -> Iterator[Path]:
         yield from (here / name for name in files if not name.startswith("."))
 
 
-def _is_inside(path: Path, true_root: Path) -> bool:
+def _target(path: Path) -> Path | None:
     try:
-        return path.resolve().is_relative_to(true_root)
+        return path.resolve()
     except (OSError, RuntimeError):  # links that lead in a circle
-        return False
+        return None
 
 
 def _reader(path: Path) -> Callable[[], bytes]:

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from wavedp.extras import import_extra
+
 FIELD_SIZE = 96
 """Side of a distance field in pixels; the glyph is centred and fits the middle `GLYPH_SIZE` of it."""
 GLYPH_SIZE = 64
@@ -57,9 +59,7 @@ def outline_fields(characters: str) -> Field:
         ValueError: if a font lacks one of the characters.
         ImportError: if matplotlib or Pillow is missing (``pip install 'wavedp[demo]'``).
     """
-    import matplotlib
-
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    folder = Path(import_extra("matplotlib", "demo").get_data_path()) / "fonts" / "ttf"
     return np.stack([_font_fields(folder / file, characters) for file in FONT_FILES])
 
 
@@ -74,9 +74,7 @@ def stroke_fields(characters: str) -> Field:
         ValueError: if a font draws nothing for one of the characters.
         ImportError: if Hershey-Fonts is missing (``pip install 'wavedp[demo]'``).
     """
-    from HersheyFonts import HersheyFonts
-
-    fonts = HersheyFonts()
+    fonts = import_extra("HersheyFonts", "demo").HersheyFonts()
     fields = []
     for name in STROKE_FONTS:
         fonts.load_default_font(name)
@@ -90,10 +88,10 @@ def stroke_fields(characters: str) -> Field:
 
 
 def _font_fields(file: Path, characters: str) -> Field:
-    from matplotlib.ft2font import FT2Font
-    from PIL import Image, ImageDraw, ImageFont
-
-    known = FT2Font(str(file)).get_charmap()
+    Image = import_extra("PIL.Image", "demo")
+    ImageDraw = import_extra("PIL.ImageDraw", "demo")
+    ImageFont = import_extra("PIL.ImageFont", "demo")
+    known = import_extra("matplotlib.ft2font", "demo").FT2Font(str(file)).get_charmap()
     missing = [c for c in characters if ord(c) not in known]
     if missing:
         raise ValueError(f"{file.name} has no glyph for {missing}")

@@ -90,7 +90,7 @@ def load_idx(
 
     In a folder, ``split`` chooses ``train-images-idx3-ubyte`` or ``t10k-images-idx3-ubyte`` and the labels
     beside it, each with or without ``.gz`` ("all" is both); a folder with the training pair alone, and a
-    single file, are divided by :func:`wavedp.data.catalog.in_split` with the image's number as its key.
+    single file, are divided by :func:`wavedp.data.catalog.in_split` with the image's bytes as its key.
     A single file's labels are looked for under its own name with "images" and "idx3" replaced; without
     such a file all images are of one class.
 
@@ -100,7 +100,7 @@ def load_idx(
     Raises:
         FileNotFoundError: if the files are missing.
         IdxError: if one is bad.
-        ValueError: for more labels than classes, or an unknown geometry or split.
+        ValueError: for more labels than classes, a repeated class, or an unknown geometry or split.
     """
     check_geometry(image_size, channels, fit, background)
     if split not in ("train", "test", "all"):
@@ -194,7 +194,7 @@ def _read_single(path: Path, split: Split) -> tuple[Tensor, Tensor]:
 def _divide(images: Tensor, labels: Tensor, split: Split) -> tuple[Tensor, Tensor]:
     if split == "all":
         return images, labels
-    chosen = torch.tensor([in_split(str(i), None, split) for i in range(len(labels))], dtype=torch.bool)
+    chosen = torch.tensor([in_split(image.numpy().tobytes(), None, split) for image in images], dtype=torch.bool)
     return images[chosen], labels[chosen]
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from wavedp.data.resize import Fit, fit_picture
+from wavedp.extras import import_extra
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +27,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 MAX_FILE_BYTES = 2**26
 MAX_PIXELS = 2**26
 MAX_SIDE = 2**15
+LISTED_BEFORE = "listed before; one image is one record"
 _LARGE = 2**24
 _ONE_LARGE_AT_A_TIME = threading.Lock()  # bounds the memory of threads that decode side by side
 
@@ -61,9 +63,10 @@ def decode_picture(
     Raises:
         BadImageError: for anything that does not decode to the last row, or exceeds `MAX_FILE_BYTES`,
             `MAX_PIXELS` (67 million) or `MAX_SIDE` (32,768).
+        ImportError: if Pillow is missing (``pip install 'wavedp[data]'``).
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
+    Image = import_extra("PIL.Image", "data")
+    ImageOps = import_extra("PIL.ImageOps", "data")
     if not content:
         raise BadImageError(file, "the file is empty (0 bytes)")
     if len(content) > MAX_FILE_BYTES:
@@ -81,7 +84,7 @@ def decode_picture(
             raise
         except Image.DecompressionBombError as error:
             raise BadImageError(file, f"the header claims too many pixels ({error})") from error
-        except UnidentifiedImageError:
+        except Image.UnidentifiedImageError:
             raise BadImageError(file, f"not a readable image (accepted: {', '.join(FORMATS)})") from None
         except Exception as error:
             # A damaged file makes Pillow's decoders raise whatever the damage leads to: OSError,

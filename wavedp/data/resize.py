@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavedp.extras import import_extra
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -69,12 +71,15 @@ def fit_picture(
 
 
 def fit_pixels(images: Tensor, image_size: int, channels: int, *, fit: Fit = "crop", background: int = 0) -> Tensor:
-    """The same rule for tensors: uint8 ``[N, C, H, W]`` to ``[N, channels, image_size, image_size]``."""
+    """The same rule for tensors: uint8 ``[N, C, H, W]`` to ``[N, channels, image_size, image_size]``.
+
+    Raises:
+        ImportError: if there is something to do and Pillow is missing (``pip install 'wavedp[data]'``).
+    """
     n, c, height, width = images.shape
     if (c, height, width) == (channels, image_size, image_size):
         return images
-    from PIL import Image
-
+    Image = import_extra("PIL.Image", "data")
     out = torch.empty(n, channels, image_size, image_size, dtype=torch.uint8)
     for i, image in enumerate(images):
         array = image[0].numpy() if c == 1 else image.permute(1, 2, 0).numpy()

@@ -17,6 +17,7 @@ from wavedp.data.dataset import TensorImageDataset
 from wavedp.data.resize import check_geometry
 from wavedp.data.silhouette_pieces import Layer, Rng
 from wavedp.data.silhouette_shapes import DRAWINGS
+from wavedp.extras import import_extra
 
 SILHOUETTES = tuple(DRAWINGS)
 _OVERSAMPLING = 4
@@ -97,8 +98,8 @@ def _fit(layers: list[Layer], size: int, rng: Rng) -> list[Layer]:
 
 def _draw(layers: list[Layer], size: int) -> tuple[Plane, Plane]:
     """Relative brightness and coverage, float32 ``[size, size]`` each."""
-    from PIL import Image, ImageDraw
-
+    Image = import_extra("PIL.Image", "data")
+    ImageDraw = import_extra("PIL.ImageDraw", "data")
     tones, cover = Image.new("L", (size, size), 100), Image.new("L", (size, size))
     canvases = [(ImageDraw.Draw(tones), tones), (ImageDraw.Draw(cover), cover)]
     for layer in layers:
@@ -144,7 +145,6 @@ def _light(size: int, rng: Rng) -> Plane:
 
 
 def _smooth_noise(size: int, rows: int, columns: int, rng: Rng) -> Plane:
-    from PIL import Image
-
+    Image = import_extra("PIL.Image", "data")
     coarse = Image.fromarray(rng.normal(0, 1, (rows, columns)).astype(np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)

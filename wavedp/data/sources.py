@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wavedp.data.archive import list_archive
 from wavedp.data.catalog import MEMORY_LIMIT, Split, load_catalog
-from wavedp.data.dataset import ImageDataset
+from wavedp.data.dataset import ImageDataset, check_distinct
 from wavedp.data.digits import load_digits_dataset
 from wavedp.data.folder import list_folder
 from wavedp.data.glyphs import DIGITS, render_glyphs
@@ -44,12 +44,13 @@ def open_dataset(
         image_size: side of the square images, pixels; :mod:`wavedp.data.resize` has the rule.
         channels: 1 (grey) or 3 (RGB).
         split: ``"train"``, ``"test"`` or ``"all"``. A source without a split of its own gives about one
-            image in five to "test", by a hash of its path (:func:`wavedp.data.catalog.in_split`).
+            image in five to "test", by a hash of its path, or of its bytes for IDX
+            (:func:`wavedp.data.catalog.in_split`).
         fit: ``"crop"`` or ``"pad"``.
         background: 0..255, under transparent pixels and in the margins of ``"pad"``.
         skip_bad: leave bad image files out and count them in ``skipped``, instead of raising.
         classes: class names in the order of the labels: required names for IDX, the order for folders
-            and archives (default sorted), the characters for glyphs.
+            and archives (default sorted), the characters for glyphs. Distinct.
         num_images, seed: how many glyphs or silhouettes, and which; "test" and "train" are drawn from
             different seeds.
         memory_limit: bytes of pixels kept in memory; more goes to a temporary file.
@@ -58,18 +59,23 @@ def open_dataset(
         FileNotFoundError: if there is nothing at ``source``.
         ValueError: for a bad file (`BadImageError`, `IdxError`; both name it), an empty source, or an
             argument out of range.
+        ImportError: if a package is missing; the message names the extra to install.
     """
     check_geometry(image_size, channels, fit, background)
     if split not in ("train", "test", "all"):
         raise ValueError(f'split must be "train", "test" or "all", got {split!r}')
+    if classes is not None:
+        check_distinct(classes)
     if source == "digits":
         return load_digits_dataset(image_size, channels, split=split, fit=fit, background=background)
     chosen_seed = seed ^ 2**31 if split == "test" else seed  # torch uses the low 32 bits
     if source == "silhouettes":
         return render_silhouettes(num_images, image_size, seed=chosen_seed, channels=channels)
     if source == "glyphs":
-        characters = DIGITS if classes is None else "".join(classes)
-        return render_glyphs(num_images, image_size, seed=chosen_seed, classes=characters, channels=channels)
+        characters = DIGITS if classes is None else classes
+        if any(len(character) != 1 for character in characters):
+            raise ValueError(f"the classes of glyphs are single characters, got {list(characters)}")
+        return render_glyphs(num_images, image_size, seed=chosen_seed, classes="".join(characters), channels=channels)
 
     path = Path(source)
     if not path.exists():

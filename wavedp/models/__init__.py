@@ -2,6 +2,7 @@
 """The models of the method: a spectral image tokenizer and an autoregressive transformer over its tokens."""
 
 from wavedp.models.autoregressive import AutoregressiveConfig, AutoregressiveTransformer
+from wavedp.models.compatibility import check_compatible
 from wavedp.models.spectral_tokenizer import SpectralTokenizer, SpectralTokenizerConfig, TokenizerOutput
 from wavedp.models.storage import load_autoregressive, load_model, load_tokenizer, save_model
 
@@ -11,6 +12,7 @@ __all__ = [
     "SpectralTokenizer",
     "SpectralTokenizerConfig",
     "TokenizerOutput",
+    "check_compatible",
     "load_autoregressive",
     "load_model",
     "load_tokenizer",

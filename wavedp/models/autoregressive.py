@@ -27,12 +27,17 @@ class AutoregressiveConfig:
     mlp_ratio: float = 4.0
     class_dropout: float = 0.1  # share of training samples that see no class, for classifier-free guidance
     class_names: tuple[str, ...] = ()  # what the labels mean, in their order; empty: unnamed
+    tokenizer_fingerprint: str = ""  # of the tokenizer whose tokens it was trained on; empty: unknown
+    privately_trained: bool = False  # whether its weights have already spent a privacy budget
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "tokens_per_scale", "num_scales", "approximation_codes", "detail_codes"):
+        sizes = ("num_classes", "tokens_per_scale", "num_scales", "approximation_codes", "detail_codes")
+        for name in (*sizes, "width", "depth", "heads"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
         object.__setattr__(self, "class_names", tuple(self.class_names))
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class_names for num_classes={self.num_classes}")
@@ -197,7 +202,7 @@ def sample_tokens(
     """One token per row of ``logits`` [B, K]; see `AutoregressiveTransformer.generate`."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the largest stays 0 however cold it is
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, float("-inf"))

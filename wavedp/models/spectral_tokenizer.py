@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spectral image tokenizer: images <-> discrete tokens, coarse scales first (arXiv 2412.09607)."""
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -113,6 +114,14 @@ class SpectralTokenizer(nn.Module):
             channels = m.shape[1]
             self.coefficient_mean[s, :channels] = m.mean(dim=(0, 2, 3))
             self.coefficient_std[s, :channels] = m.std(dim=(0, 2, 3)).clamp_min(1e-3)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of sizes and weights, in hexadecimal: two tokenizers that share it give the same tokens."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

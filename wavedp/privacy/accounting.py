@@ -27,8 +27,12 @@ _MAX_POINTS_COMPOSED = 2e7
 _CROSS_CHECK_SLACK = 1e-3
 _CALIBRATION_WINDOW = (0.994, 0.9985)
 _MIN_NOISE_MULTIPLIER = 0.05
+_MIN_SAMPLE_RATE = 1e-12
 _MAX_NOISE_MULTIPLIER = 1e6
 _MAX_STEPS = 10**8
+_STEPS_RESOLVED = 10**4
+_TRUNCATED_MASS = 1e-15
+_SMALLEST_DELTA_IN_UNCERTAIN_MASSES = 10
 
 
 def gaussian_event(sample_rate: float, noise_multiplier: float, steps: int) -> "DpEvent":
@@ -43,11 +47,11 @@ def epsilon(*, sample_rate: float, noise_multiplier: float, steps: int, delta: f
     """Return an upper bound on epsilon: pessimistic PLD, checked against the Renyi bound.
 
     Args:
-        sample_rate: Poisson probability q in (0, 1].
+        sample_rate: Poisson probability q in [1e-12, 1].
         noise_multiplier: noise standard deviation over sensitivity, at least 0; 0 is not private, and below
             0.05 there is nothing worth computing: both give infinity.
         steps: compositions; 0 gives 0.
-        delta: in (0, 1).
+        delta: below 1, and at least :func:`smallest_delta`.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or out of range.
@@ -60,14 +64,24 @@ def epsilon_bounds(*, sample_rate: float, noise_multiplier: float, steps: int, d
     """Return a lower and an upper bound on the mechanism's epsilon; arguments and errors of :func:`epsilon`.
 
     The lower bound's error grows with steps times grid, so its grid is refined down to 1e-5 as steps grow;
-    beyond some thousands of steps it stays valid and becomes loose.
+    beyond some thousands of steps it stays valid and becomes loose. The upper bound is taken at delta less
+    what truncation and rounding can amount to, ``2e-15 + 2e-16 steps``, and the lower one at delta plus that.
     """
     arguments = _validated(sample_rate, noise_multiplier, steps, delta)
     upper = _checked_epsilon(*arguments)
     if arguments[2] == 0 or not math.isfinite(upper):
         return upper, upper
-    interval = min(max(0.01 * upper / arguments[2], _FINEST_INTERVAL), _FINE_INTERVAL)
+    per_step = upper / arguments[2]
+    interval = min(max(0.01 * per_step, _FINEST_INTERVAL), _FINE_INTERVAL * max(1.0, per_step))
     return min(_optimistic_epsilon(*arguments, interval), upper), upper
+
+
+def smallest_delta(steps: int) -> float:
+    """Return the smallest delta for which ``steps`` compositions are accounted: below it no figure is reliable.
+
+    It is 10 times the mass that composition leaves uncertain: ``2e-14 + 2e-15 steps``.
+    """
+    return _SMALLEST_DELTA_IN_UNCERTAIN_MASSES * _uncertain_mass(steps)
 
 
 def epsilon_rdp(*, sample_rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
@@ -114,29 +128,53 @@ def noise_multiplier_for(*, target_epsilon: float, sample_rate: float, steps: in
 def steps_for(*, target_epsilon: float, sample_rate: float, noise_multiplier: float, delta: float) -> int:
     """Return the largest number of steps whose :func:`epsilon` is at most ``target_epsilon`` (0 if none).
 
+    Above 10,000 steps the result may fall short by one in 10,000, to save time.
+
     Raises:
-        ValueError: more than 1e8 steps stay within the target.
+        ValueError: 1e8 steps stay within the target.
     """
     target = check_real("target_epsilon", target_epsilon, above=0.0)
     q, sigma, _, delta = _validated(sample_rate, noise_multiplier, 1, delta)
 
-    def within(steps: int, interval: float) -> bool:
-        return sigma > 0 and _pld_epsilon(q, sigma, steps, delta, interval) <= target
+    if sigma == 0.0:
+        return 0
 
-    coarse = _largest_true(lambda n: within(n, _COARSE_INTERVAL), 0, 1)
-    while coarse and not within(coarse, _FINE_INTERVAL):
-        coarse -= max(1, coarse // 1000)
-    return _largest_true(lambda n: within(n, _FINE_INTERVAL), coarse, max(1, coarse // 1000))
+    def cost(steps: int) -> float:
+        return _pld_epsilon(q, sigma, steps, delta, _FINE_INTERVAL)
+
+    if cost(1) > target:
+        return 0
+    low, high = 1, _steps_by_rdp(target, q, sigma, delta)
+    while cost(high) <= target:
+        if high == _MAX_STEPS:
+            raise ValueError(f"{_MAX_STEPS} steps stay within the target epsilon")
+        # Epsilon grows at least with the square root of steps.
+        growth = min(2.0, 1.001 * (target / cost(high)) ** 2) if cost(high) > 0 else 2.0
+        low, high = high, min(math.ceil(growth * high) + 1, _MAX_STEPS)
+    return _last_within(cost, low, high, target, tolerance=low // _STEPS_RESOLVED)
+
+
+def _uncertain_mass(steps: int) -> float:
+    """Return a bound on the error of a composed tail: 1e-15 is truncated, and the convolution, the power ``steps``
+    of a Fourier transform, was measured to be off by up to 1e-16 per step."""
+    return 2.0 * _TRUNCATED_MASS + 2e-16 * steps
 
 
 def _validated(
     sample_rate: float, noise_multiplier: float, steps: int, delta: float
 ) -> tuple[float, float, int, float]:
+    steps = check_integer("steps", steps, at_most=_MAX_STEPS)
+    delta = check_real("delta", delta, above=0.0, below=1.0)
+    if delta < smallest_delta(steps):
+        raise ValueError(
+            f"delta={delta} is too small to be accounted for {steps} steps: the smallest that works is "
+            f"{smallest_delta(steps):.2g}"
+        )
     return (
-        check_real("sample_rate", sample_rate, above=0.0, at_most=1.0),
+        check_real("sample_rate", sample_rate, at_least=_MIN_SAMPLE_RATE, at_most=1.0),
         check_real("noise_multiplier", noise_multiplier, at_least=0.0, at_most=_MAX_NOISE_MULTIPLIER),
-        check_integer("steps", steps, at_most=_MAX_STEPS),
-        check_real("delta", delta, above=0.0, below=1.0),
+        steps,
+        delta,
     )
 
 
@@ -159,12 +197,14 @@ def _interval_for(q: float, sigma: float, steps: int, interval: float) -> float:
     """Fit ``interval`` to the mechanism; a pessimistic bound stays one on any grid.
 
     A step whose loss spreads over less than a grid cell needs a finer grid, and a wide range a coarser one.
-    One step's spread is about ``q sqrt(exp(1 / sigma^2) - 1)``.
+    One step's spread is about ``q sqrt(exp(1 / sigma^2) - 1)``; below sigma = 0.2 its largest loss, about
+    ``1 / (2 sigma^2)``, sets the scale.
     """
     width = 10.0 / sigma + 0.5 / sigma**2
     spread = min(1.0 / sigma, q * math.sqrt(math.expm1(min(sigma**-2, 600.0))))
     fine = min(interval, max(0.1 * interval, 0.1 * spread))
-    return max(fine, width / _MAX_POINTS_BUILT, 20.0 * math.sqrt(steps) * spread / _MAX_POINTS_COMPOSED)
+    coarse = 0.05 * interval / sigma**2
+    return max(fine, coarse, width / _MAX_POINTS_BUILT, 20.0 * math.sqrt(steps) * spread / _MAX_POINTS_COMPOSED)
 
 
 @functools.lru_cache(maxsize=8)
@@ -180,6 +220,39 @@ def _single_step(q: float, sigma: float, interval: float, pessimistic: bool) -> 
     )
 
 
+def _composed(base: Any, steps: int) -> Any:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+    if steps > 1:
+        add = None if base._symmetric else _prepared(base._pmf_add, steps)
+        base = PrivacyLossDistribution(_prepared(base._pmf_remove, steps), add)
+    return base.self_compose(steps, tail_mass_truncation=_TRUNCATED_MASS)
+
+
+def _prepared(pmf: Any, steps: int) -> Any:
+    """Return the same distribution in the form that composes fast.
+
+    A sparse one raises its size to the power of ``steps``, which takes minutes for millions. The Chernoff bounds
+    that truncate the result try orders ``1/n`` to ``20/n`` on n points; with n at least the deviation of the
+    result, in grid cells, they are tight, so zeros are appended.
+    """
+    import numpy as np
+    from dp_accounting.pld.pld_pmf import DensePLDPmf, SparsePLDPmf
+
+    dense = pmf.to_dense_pmf() if isinstance(pmf, SparsePLDPmf) else pmf
+    cells = np.arange(dense.size)
+    mean = dense._probs @ cells
+    deviation = math.sqrt(steps * (dense._probs @ (cells - mean) ** 2))
+    zeros = np.zeros(max(0, math.ceil(deviation) - dense.size))
+    return DensePLDPmf(
+        dense._discretization,
+        dense._lower_loss,
+        np.append(dense._probs, zeros),
+        dense._infinity_mass,
+        dense._pessimistic_estimate,
+    )
+
+
 @functools.lru_cache(maxsize=1024)
 def _pld_epsilon(q: float, sigma: float, steps: int, delta: float, interval: float) -> float:
     if steps == 0:
@@ -187,13 +260,13 @@ def _pld_epsilon(q: float, sigma: float, steps: int, delta: float, interval: flo
     if sigma < _MIN_NOISE_MULTIPLIER:
         return math.inf
     base = _single_step(q, sigma, _interval_for(q, sigma, steps, interval), True)
-    return float(base.self_compose(steps).get_epsilon_for_delta(delta))
+    return float(_composed(base, steps).get_epsilon_for_delta(delta - _uncertain_mass(steps)))
 
 
 @functools.lru_cache(maxsize=256)
 def _optimistic_epsilon(q: float, sigma: float, steps: int, delta: float, interval: float) -> float:
     base = _single_step(q, sigma, _interval_for(q, sigma, steps, interval), False)
-    return float(base.self_compose(steps).get_epsilon_for_delta(delta))
+    return float(_composed(base, steps).get_epsilon_for_delta(min(delta + _uncertain_mass(steps), 1.0)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -233,6 +306,17 @@ def _bracket_by_rdp(target: float, q: float, steps: int, delta: float) -> tuple[
     return low, high
 
 
+def _steps_by_rdp(target: float, q: float, sigma: float, delta: float) -> int:
+    """Return a number of steps at or a little below that at which the cheap Renyi bound meets ``target``."""
+    low, high = 1, 2
+    while high < _MAX_STEPS and _rdp_epsilon(q, sigma, high, delta) <= target:
+        low, high = high, min(2 * high, _MAX_STEPS)
+    while high - low > max(1, low // 50):
+        middle = (low + high) // 2
+        low, high = (middle, high) if _rdp_epsilon(q, sigma, middle, delta) <= target else (low, middle)
+    return low
+
+
 def _solve_decreasing(cost: Callable[[float], float], low: float, high: float, target: float) -> float:
     """Find s with ``cost(s)`` just under ``target``; ``cost`` falls, ``cost(low) > target >= cost(high)``."""
     floor, ceiling = (factor * target for factor in _CALIBRATION_WINDOW)
@@ -252,16 +336,19 @@ def _solve_decreasing(cost: Callable[[float], float], low: float, high: float, t
     return high
 
 
-def _largest_true(predicate: Callable[[int], bool], known: int, stride: int) -> int:
-    """Return the largest n with ``predicate(n)``, which holds at ``known`` and, once false, stays so."""
-    low = known
-    while predicate(low + stride):
-        low += stride
-        stride *= 2
-        if low > _MAX_STEPS:
-            raise ValueError(f"more than {_MAX_STEPS} steps stay within the target epsilon")
-    high = low + stride
-    while high - low > 1:
+def _last_within(cost: Callable[[int], float], low: int, high: int, target: float, tolerance: int) -> int:
+    """Return an n with ``cost(n) <= target < cost(n + tolerance)``; ``cost(low) <= target < cost(high)`` grows."""
+    iteration = 0
+    while high - low > max(1, tolerance):
+        at_low, at_high = cost(low), cost(high)
         middle = (low + high) // 2
-        low, high = (middle, high) if predicate(middle) else (low, middle)
+        if iteration % 3 != 2 and at_low > 0 and math.isfinite(at_high):
+            # Interpolate on log-log axes, then go a little beyond, so that the nearer end moves as well.
+            fraction = math.log(target / at_low) / math.log(at_high / at_low)
+            guess = low * (high / low) ** fraction
+            margin = max(1, tolerance // 2)
+            middle = round(guess) + (margin if 2 * guess < low + high else -margin)
+        middle = min(max(middle, low + 1), high - 1)
+        low, high = (middle, high) if cost(middle) <= target else (low, middle)
+        iteration += 1
     return low

@@ -19,6 +19,9 @@ from wavedp.privacy.clipping import FlatClipping, accumulation_dtype
 from wavedp.privacy.coverage import booked_layers, saved_buffers, trainable_parameters
 from wavedp.privacy.layers import Call
 from wavedp.privacy.per_sample import PerSampleGradient
+from wavedp.privacy.probe import IndependenceProbe, Place
+
+_BOOKED = "wavedp.privacy: booked"
 
 
 class GradientBook:
@@ -41,11 +44,10 @@ class GradientBook:
         self.parameters = trainable_parameters(model)
         self._buffers = saved_buffers(model)
         self._calls: dict[str, list[Call]] | None = None
-        self._seen: set[tuple[str, int]] = set()
-        self._verified: set[tuple[str, int]] = set()
+        self._probe = IndependenceProbe()
         self.attached = True
         # A checkpoint loaded into the attached model changes buffers without reading private data.
-        self._load_hook = model.register_load_state_dict_post_hook(self._on_load)
+        self._load_hooks = [m.register_load_state_dict_post_hook(self._on_load) for m in model.modules()]
         for name, (layer, _) in self._layers.items():
             vars(layer)["forward"] = types.MethodType(self._tapped_forward(name), layer)
 
@@ -59,7 +61,8 @@ class GradientBook:
         """Give every layer its own forward back; the book cannot be used afterwards."""
         if self.attached:
             self.attached = False
-            self._load_hook.remove()
+            for hook in self._load_hooks:
+                hook.remove()
             for layer, _ in self._layers.values():
                 vars(layer).pop("forward", None)
 
@@ -71,8 +74,12 @@ class GradientBook:
         """Run the backward of ``losses`` and return, by parameter name, the sums of clipped gradients.
 
         Row b of the losses, and of every booked layer's input, belongs to record b. Sums have the parameter's
-        shape, in float32 (float64 for float64 parameters); a parameter that the loss does not reach is
-        missing. A record whose gradient is not finite contributes zero. On any error nothing stays booked.
+        shape, in float64; a parameter that the loss does not reach is missing. A record whose gradient is not
+        finite contributes zero. On any error nothing stays booked.
+
+        Gradients that flow between records are looked for, and refused, when a layer first gets a gradient and
+        at the 1st, 2nd, 4th, 8th, ... backward of every kind of loss: a detector and not a proof, see
+        :mod:`wavedp.privacy.probe`.
 
         Raises:
             ValueError: ``losses`` is not a vector of per-record losses with a graph.
@@ -88,7 +95,6 @@ class GradientBook:
             with torch.no_grad(), _exact_arithmetic():
                 return self._clip(calls, losses, clipping)
         finally:
-            self._seen.clear()
             for parameter in self.parameters.values():
                 parameter.grad = None
 
@@ -104,7 +110,7 @@ class GradientBook:
                 # Under torch.compile a booked layer runs uncompiled, behind a graph break.
                 raise RuntimeError(f"layer {name!r} has a GradientBook attached: compile without fullgraph=True")
             (inputs,) = (*args, *kwargs.values())
-            self._seen.add((name, inputs.ndim))
+            self._probe.note((name, inputs.ndim))
             output = rule.forward(layer, inputs)
             # The anchor makes autograd reach the tap even when the layer's input needs no gradient.
             anchor = torch.zeros((), device=output.device, requires_grad=True)
@@ -123,15 +129,23 @@ class GradientBook:
         self._calls[name].append(Call(inputs, output_grads.detach()))
 
     def _backward(self, losses: Tensor) -> dict[str, list[Call]]:
-        probing = len(losses) > 1 and not self._seen <= self._verified
-        calls = self._collect(losses, torch.ones_like(losses), retain_graph=probing)
+        due = self._probe.due(losses)
+        calls = self._collect(losses, torch.ones_like(losses), retain_graph=due)
         for name, layer_calls in calls.items():
             for call in layer_calls:
                 self._check_record_axis(name, call, len(losses))
-        if probing:
-            unverified = {(n, c.inputs.ndim) for n, cs in calls.items() for c in cs if _nonzero(c.output_grads)}
-            if unverified - self._verified:
-                self._verify_records_independent(losses)
+        reached: set[Place] = set()
+        if len(losses) > 1:
+            unverified = self._probe.unverified(_reached(calls))
+            if unverified and not due:
+                raise RuntimeError(
+                    f"layers {sorted(name for name, _ in unverified)} ran first inside the backward, in a reentrant "
+                    f"checkpoint, so whether they keep records apart cannot be looked at; use "
+                    f"checkpoint(..., use_reentrant=False)"
+                )
+            if due:
+                reached = self._look_between_records(losses, full=bool(unverified))
+        self._probe.passed(losses, reached)
         return calls
 
     def _collect(self, losses: Tensor, seeds: Tensor, retain_graph: bool) -> dict[str, list[Call]]:
@@ -142,26 +156,23 @@ class GradientBook:
         finally:
             self._calls = None
 
-    def _verify_records_independent(self, losses: Tensor) -> None:
+    def _look_between_records(self, losses: Tensor, full: bool) -> set[Place]:
         """Differentiate parts of the losses alone: no row outside the part may receive a gradient.
 
         It catches an input whose first axis only happens to have B entries (position ids of shape [T] when
-        T = B), rows in another order than the losses, and every differentiable path between records. The
-        parts are the records whose number has bit k set, or not set, for every k, so that any two records are
-        told apart. Done once per layer and rank of its input.
+        T = B), rows in another order than the losses, and every differentiable path between the records that the
+        parts tell apart. Returns what was reached, if the look was in full. The graph is freed by the last part.
         """
-        rows = torch.arange(len(losses), device=losses.device)
-        reached: set[tuple[str, int]] = set()
-        for bit in range((len(losses) - 1).bit_length()):
-            for value in (0, 1):
-                part = (rows >> bit) & 1 == value
-                calls = self._collect(losses, part.to(losses.dtype), retain_graph=True)
-                for name, layer_calls in calls.items():
-                    for call in layer_calls:
-                        self._check_rows_outside(name, call, ~part.to(call.output_grads.device))
-                        if _nonzero(call.output_grads):
-                            reached.add((name, call.inputs.ndim))
-        self._verified |= reached
+        reached: set[Place] = set()
+        parts = list(self._probe.parts(len(losses), full))
+        for number, part in enumerate(parts, start=1):
+            seeds = part.to(losses.device, losses.dtype)
+            calls = self._collect(losses, seeds, retain_graph=number < len(parts))
+            for name, layer_calls in calls.items():
+                for call in layer_calls:
+                    self._check_rows_outside(name, call, ~part.to(call.output_grads.device))
+            reached |= _reached(calls)
+        return reached if full else set()
 
     def _check_rows_outside(self, name: str, call: Call, outside: Tensor) -> None:
         self._check_record_axis(name, call, len(outside))
@@ -191,8 +202,12 @@ class GradientBook:
                 f"mean or sum over the batch, or over its tokens, couples records and cannot be clipped per "
                 f"record; use reduction='none' and average over each record's own tokens"
             )
-        if not losses.requires_grad:
+        if losses.grad_fn is None:
             raise ValueError("losses have no graph: compute them with gradients enabled from the attached model")
+        node: Any = losses.grad_fn
+        if _BOOKED in node.metadata:
+            raise RuntimeError("backward through the same losses a second time: compute them anew")
+        node.metadata[_BOOKED] = True
         if _identities(trainable_parameters(self.model)) != _identities(self.parameters):
             raise RuntimeError(
                 "the model's trainable parameters changed after the GradientBook was attached; freeze, "
@@ -250,14 +265,18 @@ class _Tap(torch.autograd.Function):
         # Marked as changed in place: the result is then no view, and an in-place activation may follow.
         ctx.mark_dirty(output)
         ctx.save_for_backward(inputs)
-        ctx.book, ctx.name = book, name
+        ctx.book, ctx.layer = book, name
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (inputs,) = ctx.saved_tensors
-        ctx.book._book(ctx.name, inputs, grads[0])
+        ctx.book._book(ctx.layer, inputs, grads[0])
         return grads[0], None, None, None, None
+
+
+def _reached(calls: dict[str, list[Call]]) -> set[Place]:
+    return {(n, c.inputs.ndim) for n, layer_calls in calls.items() for c in layer_calls if _nonzero(c.output_grads)}
 
 
 def _nonzero(x: Tensor) -> bool:

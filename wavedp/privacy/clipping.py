@@ -15,10 +15,10 @@ from torch import Tensor
 from wavedp.privacy.validation import check_real
 
 SUM_ROUNDING_ALLOWANCE = 2.0**-13
-"""Share of C by which float32 summation may move a clipped sum when a record is added or removed.
+"""Share of C by which rounding may move a clipped sum when a record is added or removed.
 
-Adding or removing a record also reorders the rest of the sum. For 4,096 aligned gradients that moves a
-float32 sum by 1e-4 C, which this covers; so does it a record whose own terms cancel, see
+Sums over records are float64, where n records of norm C move by less than ``n^2 2^-53 C``: 1e-4 C for a million
+aligned ones. What is left is the rounding inside the record, see
 :data:`wavedp.privacy.per_sample.NORM_ROUNDING`.
 """
 
@@ -62,7 +62,7 @@ class FlatClipping:
         return torch.where(factors >= torch.finfo(dtype).tiny, factors, torch.zeros_like(factors)).to(dtype)
 
     def sensitivity(self) -> float:
-        """Return the l2 sensitivity of the sum under add-or-remove-one, float32 summation included."""
+        """Return the l2 sensitivity of the sum under add-or-remove-one, rounding included."""
         return self.max_grad_norm * (1.0 + SUM_ROUNDING_ALLOWANCE)
 
 
@@ -73,8 +73,8 @@ def clip_and_sum(
     """Clip materialised per-record gradients to ``max_grad_norm`` over all tensors, and sum them.
 
     This is the definition that the book-keeping path computes without materialising anything. A record with
-    a non-finite gradient contributes exactly zero and leaves the others unchanged. Half precision is summed
-    in float32.
+    a non-finite gradient contributes exactly zero and leaves the others unchanged. Sums are taken in float64
+    and then rounded; half precision gives float32.
 
     Raises:
         ValueError: no tensors, a tensor without a record axis, or tensors that disagree on B.
@@ -94,14 +94,14 @@ def clip_and_sum(
         for grad in grad_samples:
             dtype = accumulation_dtype(grad.dtype)
             factors = clipping.factors(squared_norms, dtype)
-            sums.append(weighted_record_sum(grad.to(dtype), factors))
+            sums.append(weighted_record_sum(grad, factors).to(dtype))
     return sums
 
 
 def weighted_record_sum(grads: Tensor, factors: Tensor) -> Tensor:
-    """Sum ``grads`` ``[B, ...]`` over records, each times its factor; a factor of 0 leaves a record out."""
-    factors = factors.reshape(-1, *[1] * (grads.ndim - 1))
-    return torch.where(factors > 0, grads * factors, grads.new_zeros(())).sum(0)
+    """Sum ``grads`` ``[B, ...]`` over records in float64, each times its factor; 0 leaves a record out."""
+    factors = factors.double().reshape(-1, *[1] * (grads.ndim - 1))
+    return torch.where(factors > 0, grads.double() * factors, factors.new_zeros(())).sum(0)
 
 
 def _squared_norms(grad: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which models can be trained privately: what is refused before the start, and what is watched during it."""
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -41,6 +44,32 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def check_groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Check that ``optimizer`` trains exactly ``parameters`` and would apply no gradient but theirs.
+
+    Raises:
+        ValueError: a parameter is missing or comes twice, or another tensor requires a gradient.
+        RuntimeError: another tensor holds a ``.grad``.
+    """
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    missing = sorted(set(names.values()) - {names.get(id(p), "") for p in grouped})
+    if missing:
+        raise ValueError(f"trainable parameters {missing} are in no optimizer group; add or freeze them")
+    foreign = sum(p.requires_grad and id(p) not in names for p in grouped)
+    if foreign or sum(p.requires_grad for p in grouped) != len(names):
+        raise ValueError(
+            f"the optimizer holds {foreign} trainable tensors that are not parameters of the model, or "
+            f"holds one twice; every trainable parameter belongs to exactly one group"
+        )
+    held = sum(p.grad is not None and id(p) not in names for p in grouped)
+    if held:
+        raise RuntimeError(
+            f"{held} tensors in the optimizer are not trained and hold a .grad, which a step would apply without "
+            f"clipping and noise; set it to None, and run no backward but PrivateOptimizer.backward()"
+        )
+
+
 def saved_buffers(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
     """Return every buffer that a state_dict would hold, with its version counter."""
     buffers = {}
@@ -49,6 +78,16 @@ def saved_buffers(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
             if key not in module._non_persistent_buffers_set:
                 buffers[f"{prefix}.{key}" if prefix else key] = (buffer, buffer._version)
     return buffers
+
+
+def saved_tensors(model: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
+    """Return every parameter and buffer that a state_dict would hold, by name."""
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules() if recurse else [("", model)]:
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if key not in module._non_persistent_buffers_set:
+                tensors[f"{prefix}.{key}" if prefix else key] = tensor
+    return tensors
 
 
 def _rule(name: str, module: nn.Module, trainable: set[str]) -> LayerRule:

@@ -14,8 +14,9 @@ def check_records_independent(
 ) -> None:
     """Compare the losses of a batch with the losses of its records one at a time.
 
-    It finds what the backward pass cannot see: a mean over the batch's tokens, a count or a maximum taken
-    over the batch. Use public or made-up records, since the outcome depends on them, and switch dropout off.
+    It finds what the backward pass cannot see, a dependence through values only: a mean over the batch's
+    tokens, a count or a maximum taken over the batch, detached in-batch negatives, attention of frozen layers
+    over the record axis. Use public or made-up records, since the outcome depends on them, and switch dropout off.
 
     Args:
         loss_fn: maps tensors ``[b, ...]`` to per-record losses ``[b]``.

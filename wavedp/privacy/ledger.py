@@ -10,6 +10,8 @@ checkpoint, so going back to an old checkpoint does not give spent steps back.
 import hashlib
 import json
 import os
+import secrets
+import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +22,7 @@ FREE_FIELDS = frozenset({"expected_batch_size"})
 """Fields of the specification that a resumed run may change: they scale a release after its noise."""
 
 _FIRST = "0" * 64
+_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
 
 
 class LedgerError(RuntimeError):
@@ -30,7 +33,8 @@ class PrivacyLedger:
     """The steps charged against one privacy budget, in a file that one process at a time may open.
 
     Opening creates the file (mode 0600), or verifies the whole chain, cuts off a last line that a crash
-    left incomplete, and checks that the specification is the recorded one.
+    left incomplete, and checks that the specification is the recorded one. The file appears under its name
+    with its header in it, so an empty file was emptied, and is refused; what is no ledger is left as it is.
 
     It protects against crashes, old checkpoints and mistakes, not against someone who can rewrite or
     replace the file; :attr:`head` can be copied elsewhere to detect that.
@@ -41,7 +45,8 @@ class PrivacyLedger:
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        LedgerError: another process holds the file, a line is damaged, or the specification differs.
+        LedgerError: another process holds the file, it is not a ledger or is empty, a line is damaged, or the
+            specification differs.
     """
 
     def __init__(self, path: str | os.PathLike[str], spec: PrivacySpec) -> None:
@@ -52,10 +57,10 @@ class PrivacyLedger:
         self._process = os.getpid()
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"folder {self.path.parent} of the privacy ledger does not exist")
-        self._file: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._file: int | None = None
         try:
-            self._lock()
-            self._replay()
+            if not self._create():
+                self._open()
         except BaseException:
             self.close()
             raise
@@ -111,6 +116,36 @@ class PrivacyLedger:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a PrivacyLedger cannot be copied or pickled: two writers would break its chain")
 
+    def _create(self) -> bool:
+        """Write the header under another name and link it to the ledger's; return whether there was none."""
+        if os.path.lexists(self.path):
+            return False
+        draft = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
+        self._file = os.open(draft, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            self._lock()
+            self._write({"kind": "create", "version": 1, "spec": self.spec.to_dict()})
+            os.link(draft, self.path)
+        except FileExistsError:
+            self.close()
+            self._digests = [_FIRST]
+            return False
+        except OSError as error:
+            raise LedgerError(f"{self.path} could not be created: {error}; put it on a local file system") from error
+        finally:
+            os.unlink(draft)
+        self._sync_folder()
+        return True
+
+    def _open(self) -> None:
+        if self.path.is_dir():
+            raise LedgerError(f"{self.path} is a folder; give the path of a file, such as {self.path / 'ledger.jsonl'}")
+        self._file = os.open(self.path, _FLAGS)
+        if not stat.S_ISREG(os.fstat(self._file).st_mode):
+            raise LedgerError(f"{self.path} is not a regular file")
+        self._lock()
+        self._replay()
+
     def _lock(self) -> None:
         import fcntl
 
@@ -121,18 +156,24 @@ class PrivacyLedger:
 
     def _replay(self) -> None:
         content = self._read()
-        complete = content[: content.rfind(b"\n") + 1]
-        if complete != content:
-            # A line reaches its newline before anything it reserved may start, so this one paid for nothing.
-            os.ftruncate(self._handle(), len(complete))
-            os.fsync(self._handle())
-        lines = complete.splitlines()
-        if not lines:
-            self._append({"kind": "create", "version": 1, "spec": self.spec.to_dict()})
-            self._sync_folder()
-            return
+        *lines, rest = content.split(b"\n")
+        if not lines and _torn(rest):
+            raise LedgerError(
+                f"{self.path} is empty or not a ledger: a ledger has a header from the start, so what was spent is "
+                f"not known; give another path for a new budget"
+            )
         for number, line in enumerate(lines, start=1):
             self._accept(number, self._parse(number, line))
+        if not rest:
+            return
+        number = len(lines) + 1
+        if _torn(rest):
+            # A line is complete before anything it reserved may start, so this one paid for nothing.
+            os.ftruncate(self._handle(), len(content) - len(rest))
+        else:
+            self._accept(number, self._parse(number, rest))
+            os.write(self._handle(), b"\n")
+        os.fsync(self._handle())
 
     def _accept(self, number: int, entry: dict[str, Any]) -> None:
         if entry.get("previous") != self.head:
@@ -177,14 +218,17 @@ class PrivacyLedger:
     def _append(self, fields: dict[str, Any]) -> None:
         if os.getpid() != self._process:
             raise LedgerError(f"{self.path} was opened by another process; open the ledger after forking")
-        descriptor = self._handle()
         try:
             current = os.stat(self.path)
         except FileNotFoundError as error:
             raise LedgerError(f"{self.path} was removed while in use") from error
-        opened = os.fstat(descriptor)
+        opened = os.fstat(self._handle())
         if (current.st_dev, current.st_ino) != (opened.st_dev, opened.st_ino):
             raise LedgerError(f"{self.path} was replaced while in use")
+        self._write(fields)
+
+    def _write(self, fields: dict[str, Any]) -> None:
+        descriptor = self._handle()
         entry = {"previous": self.head, **fields}
         entry["digest"] = _digest(entry)
         line = (json.dumps(entry, sort_keys=True) + "\n").encode()
@@ -224,6 +268,15 @@ class PrivacyLedger:
 
     def _damaged(self, number: int, reason: str) -> LedgerError:
         return LedgerError(f"{self.path}, line {number} {reason}; what was spent is not known, so the run cannot go on")
+
+
+def _torn(line: bytes) -> bool:
+    """Whether ``line`` can be the beginning of a line and no more, or blocks that a crash left unwritten."""
+    try:
+        json.JSONDecoder().raw_decode(line.decode())
+    except ValueError:
+        return line.startswith(b"{") or not line.strip(b"\0")
+    return False
 
 
 def _digest(entry: dict[str, Any]) -> str:

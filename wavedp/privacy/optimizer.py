@@ -5,21 +5,29 @@ One logical (Poisson) batch is zero or more calls of :meth:`PrivateOptimizer.bac
 micro-batch, followed by one :meth:`PrivateOptimizer.step`, which is the only release.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from wavedp.privacy import accounting
+from wavedp.privacy.batches import BatchTracker, check_sampler
 from wavedp.privacy.bookkeeping import GradientBook
 from wavedp.privacy.clipping import accumulation_dtype
+from wavedp.privacy.contents import ContentsWatch
+from wavedp.privacy.coverage import check_groups, trainable_parameters
 from wavedp.privacy.entropy import Entropy
 from wavedp.privacy.ledger import LedgerError, PrivacyLedger
 from wavedp.privacy.noise import gaussian_noise, grid_step, round_to_grid
+from wavedp.privacy.sampling import PoissonSampler
 from wavedp.privacy.spec import PrivacySpec
 from wavedp.privacy.validation import check_integer
+
+_STATE_KEYS = ("optimizer", "spec", "steps_charged", "ledger_head")
 
 
 class PrivateOptimizer:
@@ -27,22 +35,30 @@ class PrivateOptimizer:
 
     ::
 
-        for indices in PoissonSampler.for_spec(spec, len(records)):
+        sampler = PoissonSampler.for_spec(spec, len(records))
+        private = PrivateOptimizer(model, optimizer, spec, sampler=sampler)
+        for indices in sampler:
             for chunk in physical_batches(indices, 64):
-                private.backward(loss_fn(model, chunk))  # [b], one loss per record
+                private.backward(loss_fn(model, chunk), records=chunk)  # [b], one loss per record
             private.step()
 
     Formal guarantee: if every batch is a Poisson sample at ``spec.sample_rate``, every record appears at
     most once per logical batch, and each loss depends on its own record alone, then the parameters after
     every step, taken together, are (``spec.epsilon()``, ``spec.delta``)-differentially private under adding
     or removing one record, up to the floating-point caveat of ``docs/privacy.md``. Anything else that is
-    computed from the records, losses and gradient norms included, is not covered.
+    computed from the records, losses and gradient norms included, is not covered. With ``sampler`` the first
+    two conditions are checked at every step; without it the run gets no privacy statement.
+
+    Learning-rate schedulers take ``private.optimizer``. Use one object from one thread.
 
     Args:
         model: see :class:`~wavedp.privacy.GradientBook` for what may be in it; attached until :meth:`close`.
+            Whatever a state_dict of it holds may change by private steps and ``load_state_dict`` alone.
         optimizer: any optimizer whose ``step`` needs no closure, over exactly the trainable parameters of
-            ``model``. Its own ``step`` raises from now on.
+            ``model``. Its own ``step`` raises from now on. State that it already holds must not stem from
+            private data, unless from a private run.
         spec: the mechanism.
+        sampler: what draws every batch: a :class:`~wavedp.privacy.PoissonSampler` that has not drawn yet.
         ledger: charges steps on disk before they start; without it a restarted run is not charged for
             what it did before.
         reserve_steps: steps reserved in the ledger at a time; a crash charges at most this many too many.
@@ -50,7 +66,10 @@ class PrivateOptimizer:
         without_privacy: must be set if ``spec.noise_multiplier`` is 0; no privacy statement is issued then.
 
     Raises:
-        ValueError: the model cannot be booked, or the optimizer's parameters are not the trainable ones.
+        TypeError: an argument of a wrong type; a sampler of a subclass.
+        ValueError: the model cannot be booked, the optimizer's parameters are not the trainable ones, or the
+            sampler is not the one that ``spec`` accounts for.
+        RuntimeError: a parameter that is not trained, but is in the optimizer, holds a ``.grad``.
         LedgerError: the ledger was opened for another specification.
     """
 
@@ -60,33 +79,48 @@ class PrivateOptimizer:
         optimizer: torch.optim.Optimizer,
         spec: PrivacySpec,
         *,
+        sampler: PoissonSampler | None = None,
         ledger: PrivacyLedger | None = None,
         reserve_steps: int = 10,
         insecure_seed: int | None = None,
         without_privacy: bool = False,
     ) -> None:
+        for name, value, kind in (
+            ("model", model, nn.Module),
+            ("optimizer", optimizer, torch.optim.Optimizer),
+            ("spec", spec, PrivacySpec),
+            ("ledger", ledger, PrivacyLedger | None),
+        ):
+            if not isinstance(value, kind):
+                wanted = getattr(kind, "__name__", str(kind))
+                raise TypeError(f"{name} must be of type {wanted}, got {type(value).__name__}")
         if spec.noise_multiplier == 0.0 and not without_privacy:
             raise ValueError("noise_multiplier is 0, which is not private; pass without_privacy=True if it is meant")
         if ledger is not None and ledger.spec != spec:
             raise LedgerError(f"{ledger.path} was opened for another specification than the optimizer's")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("LBFGS evaluates the loss several times per step, each of which would be a release")
-        self.spec = spec
-        self.optimizer = optimizer
-        self.ledger = ledger
+        self._spec = spec
+        self._optimizer = optimizer
+        self._ledger = ledger
+        self._sampler = sampler
         self._reserve_steps = check_integer("reserve_steps", reserve_steps, at_least=1)
         self._entropy = Entropy(insecure_seed, "noise")
         self._process = os.getpid()
+        self._lock = threading.Lock()
         self._charged = 0 if ledger is None else ledger.charged
         self._reserved = 0
         self._started = 0
+        if sampler is not None:
+            check_sampler(sampler, spec, self.steps_left)
+        self._batch = BatchTracker(sampler, spec.dataset_size_bound)
         self._sums: dict[str, Tensor] = {}
-        self._records: set[int] = set()
-        self._in_step = False
         self._releasing = False
+        self._changed_at_close: list[str] = []
         self._book = GradientBook(model)
         try:
-            self._check_groups()
+            self._check_model()
+            self._contents = ContentsWatch(model)
         except BaseException:
             self._book.detach()
             raise
@@ -102,14 +136,34 @@ class PrivateOptimizer:
         raise TypeError("a PrivateOptimizer cannot be copied or pickled: both would spend the same reserved steps")
 
     @property
+    def spec(self) -> PrivacySpec:
+        """The mechanism."""
+        return self._spec
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The wrapped optimizer, which learning-rate schedulers take."""
+        return self._optimizer
+
+    @property
+    def sampler(self) -> PoissonSampler | None:
+        """What draws the batches, if it was given."""
+        return self._sampler
+
+    @property
+    def ledger(self) -> PrivacyLedger | None:
+        """What charges steps on disk, if it was given."""
+        return self._ledger
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's groups; learning rates may be changed, parameters may not."""
-        return self.optimizer.param_groups
+        return self._optimizer.param_groups
 
     @property
     def steps_charged(self) -> int:
         """Attempts charged so far: steps that were started, and the rest of a block reserved in a ledger."""
-        return self._charged if self.ledger is None else self.ledger.charged
+        return self._charged if self._ledger is None else self._ledger.charged
 
     @property
     def steps_started(self) -> int:
@@ -119,17 +173,17 @@ class PrivateOptimizer:
     @property
     def steps_left(self) -> int:
         """Steps that may still be started."""
-        return self.spec.steps - self._charged if self.ledger is None else self.ledger.remaining + self._reserved
+        return self._spec.steps - self._charged if self._ledger is None else self._ledger.remaining + self._reserved
 
     @property
     def insecure(self) -> bool:
-        """Whether the noise can be reproduced from a seed."""
-        return self._entropy.insecure
+        """Whether noise or batches can be reproduced from a seed."""
+        return self._entropy.insecure or (self._sampler is not None and self._sampler.insecure)
 
     @property
     def pending(self) -> bool:
         """Whether a logical batch was begun and neither stepped nor discarded."""
-        return self._in_step
+        return self._batch.pending
 
     def backward(
         self,
@@ -138,23 +192,32 @@ class PrivateOptimizer:
     ) -> None:
         """Run the backward of one micro-batch, clip every record's gradient, and add the sum to the batch's.
 
-        With ``records``, a record that comes twice in one logical batch raises: it would contribute 2 C. The
-        first call of a logical batch charges the step.
+        The first call of a logical batch charges the step. ``records`` must be given if there is a sampler,
+        and come from the batch that it drew last; a record that comes twice in one logical batch would
+        contribute 2 C and raises. ``records`` that is refused leaves the batch as it was. Any later failure
+        ends it: :meth:`discard` is all that remains.
 
         Raises:
-            ValueError: ``losses`` is not ``[b]`` with a graph, or ``records`` does not fit it.
-            RuntimeError: the budget is exhausted, or see :meth:`GradientBook.clipped_sums`; nothing is added.
+            TypeError: ``losses`` is not a tensor, or ``records`` is missing or not an int64 tensor.
+            ValueError: ``losses`` is not ``[b]`` with a graph, or ``records`` does not fit it or the batch.
+            RuntimeError: the batch failed before, a drawn batch was left out, the budget is exhausted, or
+                see :meth:`GradientBook.clipped_sums`.
         """
-        self._check_open()
-        indices = self._checked_records(losses, records)
-        self._begin_step()
-        sums = self._book.clipped_sums(losses, self.spec.clipping)
-        self._records |= indices
-        for name, part in sums.items():
-            if name in self._sums:
-                self._sums[name] += part
-            else:
-                self._sums[name] = part
+        with self._alone():
+            self._batch.check_turn()
+            indices = self._batch.check_records(losses, records)
+            try:
+                self._begin_step()
+                for name, part in self._book.clipped_sums(losses, self._spec.clipping).items():
+                    if name in self._sums:
+                        self._sums[name] += part
+                    else:
+                        self._sums[name] = part
+                self._batch.add(indices)
+            except BaseException:
+                if self._batch.pending:
+                    self._batch.fail()
+                raise
 
     def step(self, closure: object = None) -> None:
         """Release the batch: add noise to every sum, round, divide by the expected batch size, and step.
@@ -162,22 +225,44 @@ class PrivateOptimizer:
         An empty batch (no call of :meth:`backward`) takes the same path with a sum of zero.
 
         Raises:
-            RuntimeError: a closure was given, the budget is exhausted (nothing is released then), or the
-                parameters changed.
+            RuntimeError: nothing is released: a closure was given; the budget is exhausted; the records
+                booked are not the drawn batch, or one before it was left out; a backward failed; parameters,
+                saved buffers or a ``.grad`` were changed from outside.
         """
-        self._check_open()
         if closure is not None:
             raise RuntimeError("step() takes no closure: it would recompute gradients without clipping and noise")
-        self._check_groups()
-        self._begin_step()
-        try:
-            self._release()
-        finally:
-            self._end_step()
+        with self._alone():
+            self._batch.check_turn()
+            self._batch.check_complete()
+            self._check_model()
+            _refuse_changed(self._contents.changed())
+            self._begin_step()
+            try:
+                self._release()
+                self._batch.stepped()
+            except BaseException:
+                self._drop()
+                raise
 
     def discard(self) -> None:
-        """Drop the batch that was begun, without a release; its step stays charged."""
-        self._end_step()
+        """Drop the batch, without a release; its step stays charged.
+
+        Further steps are possible and get no privacy statement: which batches are left out may depend on the
+        data. Discarding what an interrupt left at the end of a run is harmless.
+        """
+        with self._alone():
+            self._drop()
+
+    def check_regular(self) -> None:
+        """Raise a RuntimeError unless the run so far was the mechanism that ``spec`` accounts for.
+
+        Compares the contents of everything that a state_dict of the model holds, as at :meth:`close` for an
+        optimizer that is closed.
+        """
+        reason = self._batch.irregularity()
+        if reason is not None:
+            raise RuntimeError(reason)
+        _refuse_changed(self._contents.changed(thorough=True) if self._book.attached else self._changed_at_close)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Do nothing between logical batches, where nothing is held.
@@ -185,7 +270,7 @@ class PrivateOptimizer:
         Raises:
             RuntimeError: sums are pending; :meth:`step` releases them and :meth:`discard` drops them.
         """
-        if self._in_step:
+        if self._batch.pending:
             raise RuntimeError("a batch is pending: call step() to release it, or discard() to drop it")
 
     def privacy_spent(self) -> dict[str, float | int | None]:
@@ -195,87 +280,98 @@ class PrivateOptimizer:
         ``epsilon_charged`` is that of the charged steps alone, which holds if the decision to stop did not
         depend on the private data. Both are ``None`` where noise is reproducible or absent.
         """
-        private = not self.insecure and self.spec.noise_multiplier > 0.0
+        private = not self.insecure and self._spec.noise_multiplier > 0.0
         return {
             "steps_charged": self.steps_charged,
-            "steps_planned": self.spec.steps,
-            "delta": self.spec.delta,
-            "epsilon": self.spec.epsilon() if private else None,
+            "steps_planned": self._spec.steps,
+            "delta": self._spec.delta,
+            "epsilon": self._spec.epsilon() if private else None,
             "epsilon_charged": self._epsilon_charged() if private else None,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state and the steps charged; never sums, noise or sampling state."""
         return {
-            "optimizer": self.optimizer.state_dict(),
-            "spec": self.spec.to_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "spec": self._spec.to_dict(),
             "steps_charged": self.steps_charged,
-            "ledger_head": None if self.ledger is None else self.ledger.head,
+            "ledger_head": None if self._ledger is None else self._ledger.head,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`; steps charged since then stay charged.
 
         Raises:
-            RuntimeError: a batch is pending, the specification differs, or the ledger does not contain the
-                checkpoint's history.
+            ValueError: ``state`` is not from :meth:`state_dict`.
+            RuntimeError: a batch is pending, the specification differs, the ledger does not contain the
+                checkpoint's history, or the sampler has more steps than are left after it.
         """
         self.zero_grad()
+        if not isinstance(state, Mapping) or set(state) != set(_STATE_KEYS):
+            raise ValueError(f"not the state_dict of a PrivateOptimizer, which has the keys {', '.join(_STATE_KEYS)}")
         if PrivacySpec.from_dict(state["spec"]) != self.spec:
             raise RuntimeError("the checkpoint was made under another PrivacySpec; resume with the same one")
-        if self.ledger is not None:
+        if self._ledger is not None:
             head = state["ledger_head"]
-            if head is None or not self.ledger.contains(head):
+            if head is None or not self._ledger.contains(head):
                 raise LedgerError(
-                    f"the checkpoint's spending is not in {self.ledger.path}: this ledger is older than the "
+                    f"the checkpoint's spending is not in {self._ledger.path}: this ledger is older than the "
                     f"checkpoint or belongs to another run"
                 )
         elif state["ledger_head"] is not None:
             raise RuntimeError("the checkpoint was made with a privacy ledger; open it and pass it as ledger=")
-        self._charged = max(self._charged, int(state["steps_charged"]))
-        self.optimizer.load_state_dict(dict(state["optimizer"]))
+        charged = max(self._charged, check_integer("steps_charged", state["steps_charged"]))
+        if self._ledger is None and self._sampler is not None:
+            left = self._spec.steps - charged
+            if self._sampler.steps - self._sampler.drawn > left:
+                raise RuntimeError(f"the sampler has more steps than the {left} left: build it with steps={left}")
+        self._charged = charged
+        self._optimizer.load_state_dict(dict(state["optimizer"]))
 
     def close(self) -> None:
         """Drop what is pending and give model and optimizer back unchanged; the ledger stays open."""
-        self._end_step()
-        self._book.detach()
-        self._guard.remove()
+        if self._book.attached:
+            self._changed_at_close = self._contents.changed(thorough=True)
+            self._sums.clear()
+            if self._batch.pending:
+                self._batch.drop()
+            self._contents.close()
+            self._book.detach()
+            self._guard.remove()
 
     def _begin_step(self) -> None:
         """Charge one step, durably, before anything of it happens; once per logical batch."""
-        if self._in_step:
+        if self._batch.pending:
             return
-        if os.getpid() != self._process:
-            raise RuntimeError("this PrivateOptimizer belongs to another process; build it after forking")
         if self.steps_left < 1:
             raise RuntimeError(
-                f"privacy budget exhausted: all {self.spec.steps} steps of the specification are charged"
+                f"privacy budget exhausted: all {self._spec.steps} steps of the specification are charged"
             )
-        if self.ledger is not None and self._reserved == 0:
-            block = min(self._reserve_steps, self.ledger.remaining)
-            self.ledger.reserve(block)
+        if self._ledger is not None and self._reserved == 0:
+            block = min(self._reserve_steps, self._ledger.remaining)
+            self._ledger.reserve(block)
             self._reserved = block
         self._reserved = max(self._reserved - 1, 0)
         self._charged += 1
         self._started += 1
-        self._in_step = True
+        self._batch.pending = True
 
-    def _end_step(self) -> None:
+    def _drop(self) -> None:
         self._sums.clear()
-        self._records.clear()
-        self._in_step = False
+        self._batch.drop()
 
     def _release(self) -> None:
-        std = self.spec.noise_stddev
+        std = self._spec.noise_stddev
         try:
             for name, parameter in self._book.parameters.items():
                 parameter.grad = self._noisy_mean(parameter, self._sums.pop(name, None), std)
             self._releasing = True
-            self.optimizer.step()
+            self._optimizer.step()
         finally:
             self._releasing = False
             for parameter in self._book.parameters.values():
                 parameter.grad = None
+            self._contents.released(self._book.parameters)
 
     def _noisy_mean(self, parameter: nn.Parameter, total: Tensor | None, std: float) -> Tensor:
         if total is None:
@@ -286,43 +382,47 @@ class PrivateOptimizer:
                 parameter.shape, std, dtype=torch.float64, device=parameter.device, entropy=self._entropy
             )
             noisy = round_to_grid(noisy + noise, grid_step(std))
-        return (noisy / self.spec.expected_batch_size).to(parameter.dtype)
+        return (noisy / self._spec.expected_batch_size).to(parameter.dtype)
 
-    def _checked_records(self, losses: Tensor, records: Tensor | None) -> set[int]:
-        if records is None:
-            return set()
-        indices = set(records.tolist())
-        if records.shape != losses.shape:
-            raise ValueError(f"records has shape {tuple(records.shape)}, losses {tuple(losses.shape)}")
-        if len(indices) != records.numel() or indices & self._records:
-            raise ValueError("a record comes twice in one logical batch and would contribute twice the bound")
-        return indices
-
-    def _check_groups(self) -> None:
-        grouped = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-        trainable = {id(parameter): name for name, parameter in self._book.parameters.items()}
-        missing = sorted(set(trainable.values()) - {trainable.get(id(p), "") for p in grouped})
-        if missing:
-            raise ValueError(f"trainable parameters {missing} are in no optimizer group; add or freeze them")
-        foreign = sum(id(p) not in trainable for p in grouped)
-        if foreign or len(grouped) != len(trainable):
-            raise ValueError(
-                f"the optimizer holds {foreign} trainable tensors that are not parameters of the model, or "
-                f"holds one twice; every trainable parameter belongs to exactly one group"
+    def _check_model(self) -> None:
+        now = trainable_parameters(self._book.model)
+        if {n: id(p) for n, p in now.items()} != {n: id(p) for n, p in self._book.parameters.items()}:
+            raise RuntimeError(
+                "the model's trainable parameters were frozen, unfrozen, replaced or added; do that before "
+                "building the PrivateOptimizer"
             )
+        check_groups(self._optimizer, self._book.parameters)
 
     def _refuse_direct_step(self, optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._releasing:
             raise RuntimeError("the wrapped optimizer must not be stepped directly; call PrivateOptimizer.step()")
 
-    def _check_open(self) -> None:
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
         if not self._book.attached:
             raise RuntimeError("this PrivateOptimizer is closed")
+        if os.getpid() != self._process:
+            raise RuntimeError("this PrivateOptimizer belongs to another process; build it after forking")
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("another call of this PrivateOptimizer is under way; use it from one thread")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _epsilon_charged(self) -> float:
         return accounting.epsilon(
-            sample_rate=self.spec.sample_rate,
-            noise_multiplier=self.spec.noise_multiplier,
+            sample_rate=self._spec.sample_rate,
+            noise_multiplier=self._spec.noise_multiplier,
             steps=self.steps_charged,
-            delta=self.spec.delta,
+            delta=self._spec.delta,
+        )
+
+
+def _refuse_changed(names: list[str]) -> None:
+    if names:
+        raise RuntimeError(
+            f"{', '.join(map(repr, names[:5]))} of the model changed outside of private steps: what the forward "
+            f"writes there would publish private data without noise. Make such a buffer non-persistent or stop "
+            f"updating it; to put other weights in on purpose, use load_state_dict"
         )

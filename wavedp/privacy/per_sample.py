@@ -3,6 +3,9 @@
 
 Each form answers two questions without building ``[B, *parameter]`` where it can: every record's squared
 norm, and the sum over records weighted by clipping factors. A factor of 0 takes a record out by selection.
+
+Sums over records are float64 throughout, and lower precision stays inside one record: what a record
+contributes then does not depend on the rounding of the records beside it.
 """
 
 from typing import Protocol
@@ -22,6 +25,11 @@ raises the norm by T * 2^-21.
 """
 
 _CHUNK_ELEMENTS = 1 << 24
+_SUM_CHUNK_ELEMENTS = 1 << 22
+_MAX_TOKENS_IN_FLOAT32 = 4096
+
+_FEW_TOKENS = 64
+"""Below this many tokens, one float64 product over a block's rows is faster than building every record's."""
 
 
 class PerSampleGradient(Protocol):
@@ -31,7 +39,7 @@ class PerSampleGradient(Protocol):
         """Return ``[B]`` float64, not less than the squared norms; not finite where a record is not."""
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        """Return the sum over records, each times its factor ``[B]``, in the factors' dtype."""
+        """Return the sum over records, each times its factor ``[B]``, in float64."""
 
 
 class Materialised:
@@ -44,7 +52,7 @@ class Materialised:
         return self._grads.flatten(1).square().sum(1)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        return weighted_record_sum(self._grads, factors.double()).to(factors.dtype)
+        return weighted_record_sum(self._grads, factors)
 
 
 class OuterProducts:
@@ -60,21 +68,43 @@ class OuterProducts:
         self._dtype = accumulation_dtype(torch.promote_types(activations.dtype, output_grads.dtype))
 
     def squared_norms(self) -> Tensor:
-        # Rows are scaled to largest entry 1 and their scales multiplied in float64, so that neither huge nor
-        # tiny rows overflow or vanish on the way.
-        a, a_scale = _scaled_rows(self._a.to(self._dtype))
-        g, g_scale = _scaled_rows(self._g.to(self._dtype))
-        scale = a_scale * g_scale  # [B, T] float64
-        peak = scale.amax(1) if scale.shape[1] else scale.new_zeros(scale.shape[0])
-        share = (scale / _one_where_zero(peak)[:, None]).to(self._dtype)
+        a, g, share, peak = self._scaled(slice(None))
         # |sum_t g_t a_t^T| <= sum_t |g_t| |a_t|
         lengths = share * (a.square().sum(-1) * g.square().sum(-1)).sqrt()
         bound = lengths.double().sum(1)
-        squared = self._squared_sums(a, g, share).double().clamp_min(0.0)
+        squared = self._squared_sums(a, g, share).clamp_min(0.0)
         return peak.square() * (squared + NORM_ROUNDING[self._dtype] * bound.square())
 
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        T, d, p = self._a.shape[1], self._a.shape[2], self._g.shape[2]
+        built = T >= _FEW_TOKENS
+        total = torch.zeros(p, d, dtype=torch.float64, device=self._g.device)
+        kept = factors.nonzero().squeeze(1)
+        for part in torch.split(kept, max(1, _SUM_CHUNK_ELEMENTS // max(1, d * p if built else T * (d + p)))):
+            a, g, share, peak = self._scaled(part)
+            weights = factors[part].double() * peak
+            if built:
+                for product, weight in zip(_record_products(a, g, share), weights.tolist()):
+                    total.add_(product, alpha=weight)
+            else:
+                rows = (share * weights[:, None])[..., None] * g
+                total += rows.flatten(0, 1).mT @ a.double().flatten(0, 1)
+        return total
+
+    def _scaled(self, records: Tensor | slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return rows with largest entry 1, their scales relative to the record's largest, and that one.
+
+        The gradient is ``peak_b sum_t share_bt g_bt a_bt^T``. Scales are multiplied in float64, so that neither
+        huge nor tiny rows overflow or vanish on the way.
+        """
+        a, a_scale = _scaled_rows(self._a[records].to(self._dtype))
+        g, g_scale = _scaled_rows(self._g[records].to(self._dtype))
+        scale = a_scale * g_scale  # [B, T] float64
+        peak = scale.amax(1) if scale.shape[1] else scale.new_zeros(scale.shape[0])
+        return a, g, (scale / _one_where_zero(peak)[:, None]).to(self._dtype), peak
+
     def _squared_sums(self, a: Tensor, g: Tensor, share: Tensor) -> Tensor:
-        """Return ``|sum_t share_t g_t a_t^T|^2`` ``[B]``, by Gram matrices or by building, as is cheaper."""
+        """Return ``|sum_t share_t g_t a_t^T|^2`` ``[B]`` float64, by Gram matrices or by building, as is cheaper."""
         T, d, p = a.shape[1], a.shape[2], g.shape[2]
         by_gram = T * (d + p) <= d * p  # multiplications per record: T^2 (d + p) against T d p
         chunk = max(1, _CHUNK_ELEMENTS // max(1, T * T if by_gram else d * p))
@@ -84,17 +114,10 @@ class OuterProducts:
             if by_gram:
                 # <A A^T, G G^T> = sum_ts (a_t . a_s) (g_t . g_s)
                 gram = (a_part @ a_part.mT) * (g_part @ g_part.mT)
-                parts.append(((s_part[:, None] @ gram).squeeze(1) * s_part).sum(1))
+                parts.append(((s_part[:, None] @ gram).squeeze(1) * s_part).sum(1).double())
             else:
-                parts.append(((g_part * s_part[..., None]).mT @ a_part).square().sum((1, 2)))
-        return torch.cat(parts) if parts else share.new_zeros(0)
-
-    def weighted_sum(self, factors: Tensor) -> Tensor:
-        weights = factors.to(torch.promote_types(self._dtype, factors.dtype))[:, None, None]
-        zero = weights.new_zeros(())
-        g = torch.where(weights > 0, self._g * weights, zero)
-        a = torch.where(weights > 0, self._a.to(weights.dtype), zero)
-        return (g.flatten(0, 1).mT @ a.flatten(0, 1)).to(factors.dtype)
+                parts.append(_record_products(a_part, g_part, s_part).square().sum((1, 2)).double())
+        return torch.cat(parts) if parts else share.new_zeros(0, dtype=torch.float64)
 
 
 class RowScatter:
@@ -126,8 +149,17 @@ class RowScatter:
     def weighted_sum(self, factors: Tensor) -> Tensor:
         weights = factors[self._record][:, None].double()
         rows = torch.where(weights > 0, self._grads * weights, torch.zeros_like(self._grads))
-        total = torch.zeros(self._num_rows, rows.shape[1], dtype=factors.dtype, device=factors.device)
-        return total.index_add_(0, self._row, rows.to(factors.dtype))
+        return rows.new_zeros(self._num_rows, rows.shape[1]).index_add_(0, self._row, rows)
+
+
+def _record_products(a: Tensor, g: Tensor, share: Tensor) -> Tensor:
+    """Return ``sum_t share_t g_t a_t^T`` ``[B, p, d]``; the partial sums of long records add up in float64."""
+    rows = (share[..., None] * g).split(_MAX_TOKENS_IN_FLOAT32, dim=1)
+    products: list[Tensor] = [r.mT @ x for r, x in zip(rows, a.split(_MAX_TOKENS_IN_FLOAT32, dim=1))]
+    total = products[0].double() if len(products) > 1 else products[0]
+    for product in products[1:]:
+        total += product
+    return total
 
 
 def _scaled_rows(x: Tensor) -> tuple[Tensor, Tensor]:

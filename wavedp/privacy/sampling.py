@@ -36,6 +36,9 @@ class PoissonSampler:
     a step like any other and must be stepped and charged. The sampler draws each of its steps once;
     iterating again goes on where it stopped. Nothing of its state can be saved: a resumed run samples afresh.
 
+    A :class:`~wavedp.privacy.PrivateOptimizer` built with the sampler accepts the batch drawn last and no
+    other, so batches cannot be drawn ahead (no ``list(sampler)``, no prefetching loader).
+
     Args:
         num_records: records in the private data set. It is used for nothing but drawing the indices.
         sample_rate: the public probability q in (0, 1], from the :class:`~wavedp.privacy.PrivacySpec`;
@@ -48,12 +51,13 @@ class PoissonSampler:
     """
 
     def __init__(self, num_records: int, sample_rate: float, steps: int, *, insecure_seed: int | None = None) -> None:
-        self.num_records = check_integer("num_records", num_records)
-        self.sample_rate = check_real("sample_rate", sample_rate, above=0.0, at_most=1.0)
-        self.steps = check_integer("steps", steps)
-        self._threshold = membership_threshold(self.sample_rate)
+        self._num_records = check_integer("num_records", num_records)
+        self._sample_rate = check_real("sample_rate", sample_rate, above=0.0, at_most=1.0)
+        self._steps = check_integer("steps", steps)
+        self._threshold = membership_threshold(self._sample_rate)
         self._entropy = Entropy(insecure_seed, "sampling")
         self._drawn = 0
+        self._last_batch: Tensor | None = None
 
     @classmethod
     def for_spec(
@@ -79,6 +83,21 @@ class PoissonSampler:
         return cls(num_records, spec.sample_rate, steps, insecure_seed=insecure_seed)
 
     @property
+    def num_records(self) -> int:
+        """Records in the private data set."""
+        return self._num_records
+
+    @property
+    def sample_rate(self) -> float:
+        """The probability with which each record joins each batch."""
+        return self._sample_rate
+
+    @property
+    def steps(self) -> int:
+        """Batches in all, drawn and to be drawn."""
+        return self._steps
+
+    @property
     def insecure(self) -> bool:
         """Whether the batches can be reproduced from a seed."""
         return self._entropy.insecure
@@ -88,21 +107,31 @@ class PoissonSampler:
         """Batches drawn so far."""
         return self._drawn
 
+    @property
+    def last_batch(self) -> Tensor | None:
+        """A copy of the batch drawn last, ``None`` before the first."""
+        return None if self._last_batch is None else self._last_batch.clone()
+
     def __len__(self) -> int:
-        return self.steps
+        return self._steps
 
     def __iter__(self) -> Iterator[Tensor]:
-        while self._drawn < self.steps:
-            self._drawn += 1
-            yield self._draw()
+        while self._drawn < self._steps:
+            yield self._draw().clone()
 
     def _draw(self) -> Tensor:
+        self._drawn += 1
+        self._last_batch = None  # An interrupt in the draw leaves a batch that nothing can be booked for.
+        self._last_batch = self._sample()
+        return self._last_batch
+
+    def _sample(self) -> Tensor:
         if self._threshold == _WORD_RANGE:
-            return torch.arange(self.num_records)
+            return torch.arange(self._num_records)
         threshold = np.uint64(self._threshold)
         members = [
-            start + np.flatnonzero(self._entropy.words(min(_CHUNK, self.num_records - start)) < threshold)
-            for start in range(0, self.num_records, _CHUNK)
+            start + np.flatnonzero(self._entropy.words(min(_CHUNK, self._num_records - start)) < threshold)
+            for start in range(0, self._num_records, _CHUNK)
         ]
         return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *members]))
 

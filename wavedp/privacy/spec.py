@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wavedp.privacy import accounting
 from wavedp.privacy.clipping import FlatClipping
+from wavedp.privacy.sampling import membership_threshold
 from wavedp.privacy.validation import check_integer, check_real
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class PrivacySpec:
     ``sample_rate``, ``expected_batch_size`` and ``dataset_size_bound`` may not come from its length.
 
     Attributes:
-        sample_rate: probability q in (0, 1] with which each record joins each batch.
+        sample_rate: probability q in [2^-64, 1] with which each record joins each batch.
         steps: batches in the whole run, at least 1.
         noise_multiplier: noise standard deviation over sensitivity, at least 0 (0 is not private).
         max_grad_norm: l2 bound C on one record's gradient, over all parameters, in [1e-9, 1e9].
@@ -62,6 +63,8 @@ class PrivacySpec:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if membership_threshold(self.sample_rate) == 0:
+            raise ValueError(f"sample_rate={self.sample_rate} is below 2^-64: no record would ever be drawn")
         if self.delta * bound >= 1.0:
             raise ValueError(
                 f"delta={self.delta} must be below 1/dataset_size_bound = {1.0 / bound}: at 1/N a mechanism "

@@ -11,14 +11,19 @@ from importlib import metadata
 
 from wavedp.privacy.noise import GRID_BITS, MAX_DEVIATION, grid_step
 from wavedp.privacy.optimizer import PrivateOptimizer
-from wavedp.privacy.sampling import PoissonSampler
 
 ASSUMPTIONS = (
     "sample_rate, expected_batch_size, dataset_size_bound and all other settings are public constants, not "
     "computed from the private data.",
     "Each record (with all its captions and copies) appears once in the data set; a person with k records is "
     "protected by the weaker guarantee for groups of k.",
-    "Each loss depends on its own record and on the model alone.",
+    "Each loss depends on its own record and on the model alone, through its values too: detached in-batch "
+    "negatives, attention over the wrong axis and denominators shared by the batch leave no gradient to see. "
+    "check_records_independent on made-up records finds them.",
+    "The optimizer held no state from private data when the run began, except from private steps of this run, and "
+    "learning rates and other settings were not changed by losses or anything else computed from private data.",
+    "That an attempt broke off, was resumed, or went back to a checkpoint did not depend on what its records were.",
+    "Batches were made of the records whose indices were given, and of nothing else.",
     "Everything else that the published model is made of (tokenizer, pre-trained weights, "
     "super-resolution) was made from public data only.",
     "Only the parameters after each step are released. Losses, gradient norms, validation scores, timings, "
@@ -77,21 +82,19 @@ class PrivacyStatement:
     versions: dict[str, str]
 
     @classmethod
-    def from_run(
-        cls, private: PrivateOptimizer, sampler: PoissonSampler, *, assumptions: Sequence[str] = ()
-    ) -> "PrivacyStatement":
-        """State the guarantee of the run that ``private`` drove with the batches of ``sampler``.
+    def from_run(cls, private: PrivateOptimizer, *, assumptions: Sequence[str] = ()) -> "PrivacyStatement":
+        """State the guarantee of the run that ``private`` drove.
 
         Args:
-            private: the optimizer, between two steps.
-            sampler: what drew every batch since ``private`` was built.
+            private: the optimizer, built with ``sampler=``, between two steps.
             assumptions: sentences to add to :data:`ASSUMPTIONS`.
 
         Raises:
             RuntimeError: noise or sampling came from a seed, there is no noise, a batch is pending, nothing
-                was stepped, or the sampler is not the one that the specification accounts for.
+                was charged, there was no sampler, batches were left out, or the model was written to from
+                outside of private steps.
         """
-        _refuse_unfit(private, sampler)
+        _refuse_unfit(private)
         spec = private.spec
         lower, upper = spec.epsilon_bounds()
         spent = private.privacy_spent()["epsilon_charged"]
@@ -149,9 +152,9 @@ class PrivacyStatement:
         return "\n".join(lines) + "\n"
 
 
-def _refuse_unfit(private: PrivateOptimizer, sampler: PoissonSampler) -> None:
+def _refuse_unfit(private: PrivateOptimizer) -> None:
     spec = private.spec
-    if private.insecure or sampler.insecure:
+    if private.insecure:
         raise RuntimeError("insecure_seed was used: noise or batches can be reproduced, so there is no guarantee")
     if spec.noise_multiplier == 0.0:
         raise RuntimeError("not private: noise_multiplier is 0")
@@ -159,18 +162,7 @@ def _refuse_unfit(private: PrivateOptimizer, sampler: PoissonSampler) -> None:
         raise RuntimeError("a batch is pending: call step() or discard() before asking for the statement")
     if private.steps_charged == 0:
         raise RuntimeError("no step was charged: there is no private training to make a statement about")
-    if sampler.sample_rate != spec.sample_rate:
-        raise RuntimeError(f"the sampler drew at {sampler.sample_rate}, the accounting is for {spec.sample_rate}")
-    if sampler.num_records > spec.dataset_size_bound:
-        raise RuntimeError(f"the data set has more records than dataset_size_bound={spec.dataset_size_bound}")
-    skipped = sampler.drawn - private.steps_started
-    if skipped < 0:
-        raise RuntimeError(f"{-skipped} steps were taken on batches that the sampler did not draw")
-    if skipped > 1:
-        raise RuntimeError(
-            f"{skipped} batches were drawn and not stepped; every batch must be, empty ones included: "
-            f"leaving some out is not the mechanism that is accounted"
-        )
+    private.check_regular()
 
 
 def _noise_mode(std: float) -> str:

@@ -74,6 +74,7 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     start = load_checkpoint(folder / "checkpoint", model, optimizer)
     if start >= config.steps:
+        model.eval()
         return
     from tqdm import tqdm
 
@@ -111,7 +112,8 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
     generator = step_generator(config.seed, step)
-    torch.manual_seed(generator.initial_seed())  # dropout and code revival draw from the global generator
+    # Dropout and code revival draw from the global generator, which must not repeat the batch's draws.
+    torch.manual_seed(generator.initial_seed() ^ 0x5DEE_CE66)
     losses = batch_losses(generator)
     if not torch.isfinite(losses["loss"]):
         raise RuntimeError(f"the loss is not finite at step {step}; lower the learning rate or look at the data")

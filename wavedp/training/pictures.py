@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
+from wavedp.extras import import_extra
+
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
@@ -46,8 +48,9 @@ def save_grid(
         ValueError: for no rows, or images of another shape, dtype or range.
         ImportError: if Pillow is missing (``pip install 'wavedp[data]'``).
     """
-    from PIL import Image, ImageDraw, ImageFont
-
+    Image = import_extra("PIL.Image", "data")
+    ImageDraw = import_extra("PIL.ImageDraw", "data")
+    ImageFont = import_extra("PIL.ImageFont", "data")
     columns = _check_rows(rows, cell, column_labels)
     font, title_font = (ImageFont.load_default(size) for size in (13, 16))
     labels = [_wrap(label, font, 170) for label, _ in rows]
@@ -81,7 +84,7 @@ def save_curves(
     y_label: str = "loss",
     log_y: bool = False,
 ) -> None:
-    """Writes a line plot.
+    """Writes a line plot; its legend names every series, also a single one.
 
     Args:
         path: the file; the format follows its suffix.
@@ -93,16 +96,15 @@ def save_curves(
         ValueError: for no series, or x and y of different length.
         ImportError: if matplotlib is missing (``pip install 'wavedp[demo]'``).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    canvas = import_extra("matplotlib.backends.backend_agg", "demo")
+    Figure = import_extra("matplotlib.figure", "demo").Figure
     if not series:
         raise ValueError("save_curves needs at least one series")
     for name, (xs, ys) in series.items():
         if len(xs) != len(ys):
             raise ValueError(f"series {name!r} has {len(xs)} x values and {len(ys)} y values")
     figure = Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas.FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, (xs, ys) in series.items():
         axes.plot(list(xs), list(ys), label=name, linewidth=1.2, marker="o" if len(xs) < 3 else "")
@@ -110,8 +112,7 @@ def save_curves(
     if log_y:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    if len(series) > 1:
-        axes.legend(frameon=False)
+    axes.legend(frameon=False)
     figure.savefig(path)
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The private stage: DP-Adam fine-tuning of the autoregressive model on coarse tokens. All of epsilon is spent here."""
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wavedp.data import ImageDataset
-from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, save_model
+from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, check_compatible, save_model
 from wavedp.privacy import (
     PoissonSampler,
     PrivacyLedger,
@@ -26,7 +27,10 @@ from wavedp.training.loop import optimizer_tensors, restore_optimizer
 from wavedp.training.public import tokenize
 from wavedp.training.runs import CsvLog
 
-CLASSES_PUBLIC = "The list of classes is public."
+ASSUMPTIONS = (
+    "The list of classes is public.",
+    "This covers this run alone; other runs on the same images, restarts in another folder included, add to it.",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class PrivateTrainingConfig:
     ema_decay: float = 0.95  # of the released weights, per step; 0 takes the last weights
     trainable: str = ".*"  # regular expression; parameters whose name matches it are trained
     physical_batch_size: int = 256  # images; bounds memory, not the logical batch
-    save_every: int = 50  # steps
+    save_every: int = 10  # steps; a crash loses the paid steps since the last checkpoint
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
@@ -66,20 +70,19 @@ def finetune_private(
 
     Only the model's ``num_scales`` coarsest scales are ever computed from the images. Writes ``log.csv`` (whose losses
     are NOT private), ``ledger.jsonl``, ``checkpoint/``, ``model/`` (the averaged weights), ``privacy.json`` and
-    ``privacy.txt`` in ``folder``. An interrupted run continues from its checkpoint; steps that were charged and
-    not kept stay charged.
+    ``privacy.txt`` in ``folder``. A run that Ctrl-C stopped leaves all of them, and the same call continues it; steps
+    that were charged and lost in a crash stay charged, and the statement says how many.
+
+    Raises ValueError when data, tokenizer, model and specification do not fit, before anything is charged.
     """
-    if model.config.class_names and dataset.classes != model.config.class_names:
-        raise ValueError(
-            f"the classes of {dataset.name}, {list(dataset.classes)}, are not the model's, "
-            f"{list(model.config.class_names)}; name them alike and in the same order (--classes)"
-        )
+    _check_inputs(dataset, tokenizer, model, spec)
     device = model.class_embedding.weight.device
     tokens, labels = tokenize(tokenizer, dataset, model.config.num_scales), dataset.labels
     freeze_all_but(model, config.trainable)
     model.zero_grad(set_to_none=True)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
     average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    folder.mkdir(parents=True, exist_ok=True)
 
     from tqdm import tqdm
 
@@ -88,21 +91,14 @@ def finetune_private(
         start = ledger.charged
         sampler = PoissonSampler.for_spec(spec, len(dataset), steps=ledger.remaining)
         log = CsvLog(folder / "log.csv", ("step", "loss_not_private"), resume_before=start)
-        bar = tqdm(
-            total=spec.steps,
-            initial=start,
-            desc="finetune",
-            unit="step",
-            disable=not progress,
-            dynamic_ncols=True,
-        )
+        bar = tqdm(total=spec.steps, initial=start, desc="finetune", unit="step", disable=not progress)
         model.train()
-        try:
-            with (
-                bar,
-                PrivateOptimizer(model, optimizer, spec, ledger=ledger) as private,
-                DeferredInterrupt() as interrupt,
-            ):
+        with (
+            bar,
+            PrivateOptimizer(model, optimizer, spec, sampler=sampler, ledger=ledger, reserve_steps=1) as private,
+            DeferredInterrupt() as interrupt,
+        ):
+            try:
                 for step, indices in enumerate(sampler, start=start):
                     total = 0.0
                     for chunk in physical_batches(indices, config.physical_batch_size):
@@ -112,23 +108,57 @@ def finetune_private(
                     private.step()
                     released += 1
                     update_average(average, model, config.ema_decay, released)
+                    if released % config.save_every == 0:
+                        save_private_checkpoint(folder / "checkpoint", model, optimizer, average, released, ledger)
                     log.append(step=step, loss_not_private=total / max(len(indices), 1))
                     bar.update()
-                    last = step + 1 == spec.steps or interrupt.requested
-                    if released % config.save_every == 0 or last:
-                        save_private_checkpoint(folder / "checkpoint", model, optimizer, average, released, ledger)
                     if interrupt.requested:
                         break
-                statement = PrivacyStatement.from_run(private, sampler, assumptions=[CLASSES_PUBLIC, *assumptions])
-        finally:
-            model.eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in average:
-                parameter.copy_(average[name])
-    save_model(model, folder / "model")
-    write_statement(statement, folder)
+            finally:
+                # Whatever stopped the run, the steps that were paid for are kept.
+                model.eval()
+                if released:
+                    save_private_checkpoint(folder / "checkpoint", model, optimizer, average, released, ledger)
+            if not released:
+                raise RuntimeError(
+                    f"all {ledger.charged} charged steps were lost before a checkpoint; there is no fine-tuned model"
+                )
+            statement = PrivacyStatement.from_run(private, assumptions=[*ASSUMPTIONS, *assumptions])
+            if released < ledger.charged:
+                lost = f"{ledger.charged - released} charged steps are not in the model: a crash lost them."
+                statement = replace(statement, warnings=(*statement.warnings, lost))
+            private.close()
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name in average:
+                        parameter.copy_(average[name])
+            model.config = replace(model.config, privately_trained=True)
+            save_model(model, folder / "model")
+            write_statement(statement, folder)
     return statement
+
+
+def _check_inputs(
+    dataset: ImageDataset, tokenizer: SpectralTokenizer, model: AutoregressiveTransformer, spec: PrivacySpec
+) -> None:
+    check_compatible(tokenizer, model.config)
+    if model.config.privately_trained:
+        raise ValueError(
+            "this model was already fine-tuned on sensitive images, and a new budget would not cover that; start from "
+            "the public model that 'wavedp pretrain' wrote"
+        )
+    if len(dataset.classes) != model.config.num_classes:
+        raise ValueError(
+            f"{dataset.name} has {len(dataset.classes)} classes, the model {model.config.num_classes}; pre-train on "
+            "the same classes"
+        )
+    if model.config.class_names and dataset.classes != model.config.class_names:
+        raise ValueError(
+            f"the classes of {dataset.name}, {list(dataset.classes)}, are not the model's, "
+            f"{list(model.config.class_names)}; name them alike and in the same order (--classes)"
+        )
+    if not math.isfinite(spec.epsilon()):
+        raise ValueError(f"noise_multiplier={spec.noise_multiplier:g} gives no finite epsilon; raise it")
 
 
 def write_statement(statement: PrivacyStatement, folder: Path) -> None:

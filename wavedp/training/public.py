@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public stage: train the tokenizer, then the autoregressive model on its tokens. Public images only."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from wavedp.data import ImageDataset, to_unit_range
+from wavedp.functional import coarse
 from wavedp.models import (
     AutoregressiveConfig,
     AutoregressiveTransformer,
     SpectralTokenizer,
     SpectralTokenizerConfig,
+    check_compatible,
 )
 from wavedp.models import save_model as save
 from wavedp.training.loop import Losses, TrainingConfig, fit
@@ -46,8 +49,7 @@ def train_tokenizer(
             "codebook": output.codebook_loss,
         }
 
-    fit(model, losses, training, folder, title="tokenizer", progress=progress)
-    save(model, folder / "model")
+    fit_and_save(model, losses, training, folder, title="tokenizer", progress=progress)
     return model
 
 
@@ -65,6 +67,7 @@ def autoregressive_config(
         depth=depth,
         heads=heads,
         class_names=classes,
+        tokenizer_fingerprint=tokenizer.fingerprint(),
     )
 
 
@@ -75,8 +78,8 @@ def tokenize(tokenizer: SpectralTokenizer, dataset: ImageDataset, num_scales: in
     The image is reduced to the ``num_scales`` coarsest scales before the tokenizer sees it; each record's tokens depend
     on that record only.
     """
-    from wavedp.functional import coarse
-
+    if tokenizer.training:
+        raise ValueError("the tokenizer is in training mode, where encoding changes its codebook; call .eval() first")
     layout = tokenizer.layout
     skipped = layout.num_scales - num_scales  # levels whose details are never computed
     device = tokenizer.coefficient_mean.device
@@ -101,6 +104,7 @@ def pretrain_autoregressive(
 ) -> AutoregressiveTransformer:
     """Trains the autoregressive model on the tokens of public images and writes it to ``folder``/model."""
     _need_images(dataset, "the autoregressive model")
+    check_compatible(tokenizer, config)
     tokens = tokenize(tokenizer, dataset, config.num_scales)
     labels = dataset.labels
     torch.manual_seed(training.seed)
@@ -110,9 +114,26 @@ def pretrain_autoregressive(
         picks = torch.randint(len(tokens), (training.batch_size,), generator=generator)
         return {"loss": model.loss(tokens[picks].to(device), labels[picks].to(device)).mean()}
 
-    fit(model, losses, training, folder, title="pretrain", progress=progress)
-    save(model, folder / "model")
+    fit_and_save(model, losses, training, folder, title="pretrain", progress=progress)
     return model
+
+
+def fit_and_save(
+    model: SpectralTokenizer | AutoregressiveTransformer,
+    losses: Callable[[torch.Generator], Losses],
+    training: TrainingConfig,
+    folder: Path,
+    *,
+    title: str,
+    progress: bool,
+) -> None:
+    """`fit`, then ``folder``/model; an interrupted run leaves the model as it is, usable and to be continued."""
+    try:
+        fit(model, losses, training, folder, title=title, progress=progress)
+    except KeyboardInterrupt:
+        save(model, folder / "model")
+        raise
+    save(model, folder / "model")
 
 
 def _need_images(dataset: ImageDataset, what: str) -> None:

@@ -2,6 +2,7 @@
 """What a command leaves in its run folder for people and for the next command: image folders and loss curves."""
 
 import re
+import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ from wavedp.training.runs import read_log
 
 
 def save_images(folder: Path, images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
-    """Writes [n, C, H, W] images in [0, 1] as ``<class>/<number>.png``, numbered over the whole set.
+    """Replaces ``folder`` by [n, C, H, W] images in [0, 1] as ``<class>/<number>.png``, numbered over the whole set.
 
     A class name becomes a folder name with every character that is not a letter, a digit, ``-``, ``_``, ``.`` or a
     space replaced by ``_``; should two names then coincide, or one be empty, the label's number is put in front.
@@ -22,6 +23,7 @@ def save_images(folder: Path, images: Tensor, labels: Tensor, classes: Sequence[
     from PIL import Image
 
     names = folder_names(classes)
+    shutil.rmtree(folder, ignore_errors=True)
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
     pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

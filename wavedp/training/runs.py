@@ -2,30 +2,42 @@
 """A run folder: the configuration a command ran with, its log, its models, pictures and statements."""
 
 import csv
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wavedp.storage import read_json, write_json
+from wavedp.storage import CONFIG_FILE, read_json, write_bytes, write_json
+
+RUN_FILE = "run.json"
 
 
 class RunFolder:
-    """Owns one folder. Opening it with a configuration that differs from the stored one raises, so that a resumed run
-    never mixes two settings."""
+    """Owns one folder and what is in it, by its ``run.json``.
+
+    Opening it with settings that differ from the stored ones raises, so that a resumed run never mixes two. With
+    ``overwrite`` the settings may differ, but not the ``command``: no command writes over the run of another.
+    """
 
     def __init__(self, path: Path | str, config: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.path = Path(path)
         self.config = json.loads(json.dumps(config))
-        stored = self.path / "config.json"
-        if stored.exists() and not overwrite:
+        stored = self.path / RUN_FILE
+        if stored.exists():
             previous = read_json(stored)
-            if previous != self.config:
-                changed = sorted(key for key in {*previous, *self.config} if previous.get(key) != self.config.get(key))
+            changed = sorted(key for key in {*previous, *self.config} if previous.get(key) != self.config.get(key))
+            if "command" in changed:
+                raise ValueError(
+                    f"{self.path} belongs to a run of 'wavedp {previous.get('command')}'; use another folder"
+                )
+            if changed and not overwrite:
                 raise ValueError(
                     f"{self.path} was started with other settings ({', '.join(changed)} differ); use another folder, "
                     "or repeat the settings to resume"
                 )
+        elif (self.path / CONFIG_FILE).exists():
+            raise ValueError(f"{self.path} holds a saved model; use another folder for the run")
         write_json(stored, self.config)
 
     def __truediv__(self, name: str) -> Path:
@@ -39,11 +51,11 @@ class CsvLog:
         self.path = path
         self.columns = columns
         kept = [row for row in read_log(path) if int(row["step"]) < resume_before] if path.exists() else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(kept)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(kept)
+        write_bytes(path, text.getvalue().encode())
 
     def append(self, **row: float | int) -> None:
         values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
@@ -52,6 +64,7 @@ class CsvLog:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a `CsvLog`."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    """The rows of a `CsvLog`; a row that a crash tore is left out."""
+    with path.open(newline="", errors="replace") as file:
+        rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+    return [row for row in rows if row["step"] and row["step"].isdecimal() and all(row.values()) and None not in row]
