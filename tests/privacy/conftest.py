@@ -106,3 +106,9 @@ def spec() -> Callable[..., PrivacySpec]:
         return PrivacySpec(**{**fields, **changes})
 
     return make
+
+
+@pytest.fixture
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
