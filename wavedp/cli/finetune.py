@@ -6,7 +6,8 @@ the number of records are public choices: they are given here and never computed
 calibrated so that epsilon lands within 1 % below --epsilon, or given by --noise-multiplier.
 
 Writes model/, privacy.json, privacy.txt, ledger.jsonl, log.csv (its losses are NOT private), samples.png and a
-checkpoint, from which the same command continues without spending anything twice.
+checkpoint. After Ctrl-C the same command continues and loses nothing; after a crash, the steps since the last
+checkpoint are lost and stay charged, and the statement says how many.
 """
 
 import argparse

@@ -31,8 +31,8 @@ def train_tokenizer(
 ) -> SpectralTokenizer:
     """Trains a spectral tokenizer on public images and writes it to ``folder``/model.
 
-    The normalisation constants come from up to 2,000 of these images. Every step trains the full resolution and, on
-    the same batch, nothing else: with scale-causal masks a prefix decodes to the same coefficients as the whole.
+    The normalisation constants come from up to 2,000 of these images. Only the full resolution is trained: with
+    scale-causal masks a prefix of the scales decodes to the same coefficients as the whole.
     """
     _need_images(dataset, "the tokenizer")
     torch.manual_seed(training.seed)
