@@ -34,10 +34,11 @@ types: $(VENV)/dev.stamp ## mypy --strict on an installed copy, where kernels/ i
 	$(BIN)/python setup.py -q build_py --build-lib build/types
 	cd build/types && $(BIN)/mypy --config-file ../../pyproject.toml -p wavedp
 
-bench: $(VENV)/dev.stamp ## time every op beside its rivals: CSV and plots in benchmarks/results
+bench: $(VENV)/dev.stamp ## time every op beside its rivals: benchmarks/results, and the table of README.md
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/plot.py benchmarks/results/*.csv
-	$(BIN)/pytest benchmarks --import-mode=prepend --benchmark-enable
+	$(BIN)/python benchmarks/table.py --readme README.md benchmarks/results/*.csv
+	$(BIN)/pytest benchmarks --benchmark-enable
 
 clean: ## remove the environment, the build and the caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info wavedp/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

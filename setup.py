@@ -33,8 +33,19 @@ CUDA_ARCHS = ("80", "90", "100")
 SHARED = "-pthread " + ("-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared")
 CPU, CUDA = "wavedp._csrc", "wavedp._csrc_cuda"
 SOURCES = {
-    CPU: ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/wavelet.cpp"],
-    CUDA: ["csrc/bindings_cuda.cpp", "csrc/cuda/wavelet.cu"],
+    CPU: [
+        "csrc/bindings.cpp",
+        "csrc/cpu/dispatch.cpp",
+        "csrc/cpu/team.cpp",
+        "csrc/cpu/wavelet.cpp",
+        "csrc/cpu/wavelet_tokens.cpp",
+    ],
+    CUDA: [
+        "csrc/bindings_cuda.cpp",
+        "csrc/cuda/analysis.cu",
+        "csrc/cuda/analysis_general.cu",
+        "csrc/cuda/synthesis.cu",
+    ],
 }
 
 RULES = """
@@ -97,25 +108,31 @@ def binding_flags() -> str:
 def cpu_rules() -> str:
     compiler = find_compiler()
     x86 = "-DWAVEDP_X86" if "avx2" in ISA_FLAGS else ""
-    bindings, dispatch, wavelet = SOURCES[CPU]
+    bindings, dispatch, team, *kernels = SOURCES[CPU]  # the kernels are compiled for each instruction set
     steps = [f"cxx = {compiler}\nlinker = {compiler} {SHARED}\n"]
     steps += [compile_step("bindings.o", "cxx", bindings, binding_flags())]
     steps += [compile_step("dispatch.o", "cxx", dispatch, f"{CXX_FLAGS} -pthread {x86}")]
+    steps += [compile_step("team.o", "cxx", team, f"{CXX_FLAGS} -pthread")]
+    objects = ["bindings.o", "dispatch.o", "team.o"]
     for isa, flags in ISA_FLAGS.items():
-        steps += [compile_step(f"{isa}.o", "cxx", wavelet, f"{CXX_FLAGS} {flags} -DWAVEDP_ISA={isa}")]
-    objects = " ".join(f"{isa}.o" for isa in ISA_FLAGS)
-    return "".join([*steps, f"build module.so: link bindings.o dispatch.o {objects}\n"])
+        for kernel in kernels:
+            objects += [f"{Path(kernel).stem}-{isa}.o"]
+            steps += [compile_step(objects[-1], "cxx", kernel, f"{CXX_FLAGS} {flags} -DWAVEDP_ISA={isa}")]
+    return "".join([*steps, f"build module.so: link {' '.join(objects)}\n"])
 
 
 def cuda_rules() -> str:
     compiler, nvcc = find_compiler(), find_nvcc()
     host = f"-ccbin {compiler}" if len(shlex.split(compiler)) == 1 else ""
     linker = f"{shlex.quote(nvcc)} {host} -shared -cudart static -Xlinker=--exclude-libs,ALL"
-    bindings, wavelet = SOURCES[CUDA]
+    bindings, *kernels = SOURCES[CUDA]
     steps = [f"cxx = {compiler}\nnvcc = {shlex.quote(nvcc)}\nlinker = {linker}\n"]
     steps += [compile_step("bindings.o", "cxx", bindings, binding_flags())]
-    steps += [compile_step("wavelet.o", "nvcc", wavelet, f"{NVCC_FLAGS} {host} {gencode(nvcc)}")]
-    return "".join([*steps, "build module.so: link bindings.o wavelet.o\n"])
+    objects, flags = ["bindings.o"], f"{NVCC_FLAGS} {host} {gencode(nvcc)}"
+    for kernel in kernels:
+        objects += [f"{Path(kernel).stem}.o"]
+        steps += [compile_step(objects[-1], "nvcc", kernel, flags)]
+    return "".join([*steps, f"build module.so: link {' '.join(objects)}\n"])
 
 
 class NinjaBuild(build_ext):

@@ -4,24 +4,27 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-Thunk = Callable[[], object]
+Thunk = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: the median over the repeats, with the 20% and 80% quantiles."""
+    """Seconds a call: the median over the samples, with the 20% and 80% quantiles."""
 
     median: float
     q20: float
     q80: float
+    calls: int = 1  # in a sample
 
 
 def sample(function: Thunk, calls: int, device: torch.device) -> float:
@@ -33,33 +36,54 @@ def sample(function: Thunk, calls: int, device: torch.device) -> float:
             function()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
+        return float(start.elapsed_time(end)) / 1e3 / calls
     began = time.perf_counter()
     for _ in range(calls):
         function()
     return (time.perf_counter() - began) / calls
 
 
+def calls_for(function: Thunk, device: torch.device, sample_seconds: float) -> int:
+    """How many calls last about ``sample_seconds``; one where a call alone lasts longer."""
+    calls, seconds = 1, sample(function, 1, device)
+    if 10 * seconds < sample_seconds:  # too short to be timed alone
+        calls = 10
+        seconds = sample(function, calls, device)
+    return max(1, round(sample_seconds / max(seconds, 1e-7)))
+
+
 def time_in_turns(
-    functions: Mapping[str, Thunk], device: torch.device, repeats: int, sample_seconds: float
+    functions: Mapping[str, Thunk],
+    device: torch.device,
+    repeats: int,
+    sample_seconds: float,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Timing]:
-    """Times every function ``repeats`` times, in turns; each sample lasts about ``sample_seconds``."""
-    calls = {}
-    for name, function in functions.items():
-        sample(function, 1, device)
-        calls[name] = max(1, round(sample_seconds / max(sample(function, 2, device), 1e-7)))
-    taken: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            taken[name].append(sample(function, calls[name], device))
-    return {name: summary(samples) for name, samples in taken.items()}
+    """Takes ``repeats`` samples of every function, in turns, each time beginning with another one.
+
+    Functions have been called once before. A sample lasts about ``sample_seconds``, or one call.
+    """
+    names = list(functions)
+    calls = {name: calls_for(functions[name], device, sample_seconds) for name in names}
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for repeat in range(repeats):
+            progress(f"repeat {repeat + 1} of {repeats}")
+            first = repeat % len(names)
+            for name in names[first:] + names[:first]:
+                taken[name].append(sample(functions[name], calls[name], device))
+    finally:
+        gc.enable()
+    return {name: summary(taken[name], calls[name]) for name in names}
 
 
-def summary(samples: list[float]) -> Timing:
+def summary(samples: list[float], calls: int = 1) -> Timing:
     if len(samples) == 1:
-        return Timing(samples[0], samples[0], samples[0])
+        return Timing(samples[0], samples[0], samples[0], calls)
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return Timing(statistics.median(samples), fifths[0], fifths[3])
+    return Timing(statistics.median(samples), fifths[0], fifths[3], calls)
 
 
 def keep_freed_memory() -> None:
@@ -73,3 +97,14 @@ def keep_freed_memory() -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(m_mmap_max, 0)
             libc.mallopt(m_trim_threshold, -1)
+
+
+def release_memory() -> None:
+    """Returns what is free to the system: between cases, whose sizes differ."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)

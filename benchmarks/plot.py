@@ -1,40 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws each results file as bars in a PNG beside it: ``python benchmarks/plot.py FILE.csv ...``."""
+"""Draws each results file as a PNG beside it: ``python benchmarks/plot.py benchmarks/results/*.csv``."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from table import distinct, read
+from wavedp.benchmarks.table import Row, distinct, read
+
+# provider -> colour and marker; rivals not named here share the last
+LOOKS = {
+    "wavedp, out=": ("#b2182b", "D"),
+    "wavedp": ("#ef8a62", "o"),
+    "wavedp triton, out=": ("#762a83", "<"),
+    "wavedp cuda, out=": ("#d6007a", ">"),
+    "wavedp triton": ("#af8dc3", "<"),
+    "wavedp cuda": ("#f7a6d0", ">"),
+    "torch.compile": ("#2166ac", "s"),
+    "avg_pool2d, torch.compile": ("#1b7837", "s"),
+    "avg_pool2d": ("#7fbf7b", "s"),
+    "F.conv2d": ("#67a9cf", "v"),
+    "eager": ("#888888", "x"),
+    "ptwt": ("#8c510a", "^"),
+    "pytorch_wavelets": ("#d8b365", "P"),
+    "PyWavelets": ("#01665e", "*"),
+}
+OTHER = ("#5ab4ac", "*")
 
 
 def draw(path: Path) -> Path:
-    """Bars of each provider's rate relative to a copy of the same bytes, a panel for each input."""
+    """A panel for each input, a line for each case, a mark for each provider: its rate relative to its floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = read([path])
     inputs = distinct(rows, "shape", "dtype")
-    providers = [provider for (provider,) in distinct(rows, "provider") if provider != "copy_"]
-    width = 0.8 / len(providers)
-    size = (9, 3 * len(inputs))
-    figure, panels = plt.subplots(len(inputs), 1, figsize=size, squeeze=False, layout="constrained")
-    for panel, (shape, dtype) in zip(panels[:, 0], inputs):
-        here = [row for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)]
-        cases = [case for (case,) in distinct(here, "case")]
-        for i, provider in enumerate(providers):
-            mine = [row for row in here if row["provider"] == provider]
-            at = [cases.index(row["case"]) + (i - (len(providers) - 1) / 2) * width for row in mine]
-            panel.bar(at, [float(row["copy_ratio"]) for row in mine], width, label=provider)
-        panel.axhline(1, color="black", linewidth=1)
-        panel.set(title=f"{shape} {dtype}", ylabel="rate / copy_", yscale="log", xticks=range(len(cases)))
-        panel.set_xticklabels(cases)
-    panels[0, 0].legend(ncols=len(providers))
-    figure.suptitle(rows[0]["device"])
+    counts = [len(distinct(rows_of(rows, shape, dtype), "case")) for shape, dtype in inputs]
+    figure, axes = plt.subplots(
+        len(inputs),
+        1,
+        figsize=(10, sum(0.34 * count + 1.0 for count in counts) + 1.2),
+        height_ratios=[count + 1 for count in counts],
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
+    )
+    for panel, (shape, dtype) in zip(axes[:, 0], inputs):
+        draw_panel(panel, rows_of(rows, shape, dtype))
+        panel.set_title(f"{shape} {dtype}", loc="left", fontsize=10, fontweight="bold")
+    axes[-1, 0].set_xlabel(
+        "rate relative to the floor: copy_ for out=, clone() for fresh results, reading for coarse,\n"
+        "one multiplication for the small image (log scale; whiskers: 20% to 80% of the samples)"
+    )
+    named: dict[str, Any] = {}
+    for panel in axes[:, 0]:
+        handles, labels = panel.get_legend_handles_labels()
+        named |= dict(zip(labels, handles))
+    order = sorted(named, key=lambda name: list(LOOKS).index(name) if name in LOOKS else len(LOOKS))
+    figure.legend([named[name] for name in order], order, loc="outside lower center", ncols=4, frameon=False)
+    first = rows[0]
+    threads = f", {first['threads']} threads" if first["threads"] else ""
+    figure.suptitle(f"{first['device']}{threads}, torch {first['torch']}, {first['date']}", fontsize=10)
     target = path.with_suffix(".png")
-    figure.savefig(target, dpi=120)
+    figure.savefig(target, dpi=110)
     plt.close(figure)
     return target
+
+
+def rows_of(rows: Sequence[Row], shape: str, dtype: str) -> list[Row]:
+    return [row for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)]
+
+
+def draw_panel(panel: Any, rows: Sequence[Row]) -> None:
+    """Marks at the median, with whiskers from the 20% to the 80% quantile; the floor is the line at 1."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    cases = [case for (case,) in distinct(rows, "case")]
+    providers = [name for (name,) in distinct(rows, "provider") if name not in {row["floor"] for row in rows}]
+    for name in providers:
+        if name.startswith("copy_"):
+            continue
+        mine = [row for row in rows if row["provider"] == name]
+        colour, marker = LOOKS.get(name, OTHER)
+        rates = [float(row["floor_ratio"]) for row in mine]
+        medians, lows, highs = ([float(row[key]) for row in mine] for key in ("median_ms", "q20_ms", "q80_ms"))
+        whiskers = [
+            [rate - rate * median / high for rate, median, high in zip(rates, medians, highs)],
+            [rate * median / low - rate for rate, median, low in zip(rates, medians, lows)],
+        ]
+        panel.errorbar(
+            rates,
+            [cases.index(row["case"]) for row in mine],
+            xerr=whiskers,
+            linestyle="",
+            marker=marker,
+            markersize=8 if name.startswith("wavedp") else 6,
+            color=colour,
+            elinewidth=1,
+            label=name,
+            zorder=4 if name.startswith("wavedp") else 3,
+        )
+    panel.axvline(1, color="black", linewidth=1.2, zorder=2)
+    panel.annotate("floor", (1, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9)
+    panel.set(xscale="log", yticks=range(len(cases)), yticklabels=cases, ylim=(len(cases) - 0.5, -0.5))
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(lambda value, position: f"{value:g}x")
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.tick_params(axis="x", labelbottom=True)
+    panel.grid(axis="x", which="both", color="#e4e4e4", linewidth=0.6)
+    panel.grid(axis="y", color="#f0f0f0", linewidth=0.6)
+    panel.set_axisbelow(True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times every op beside its rivals and a plain copy of the same bytes; ``--help`` lists the cases.
+"""Times every op beside its rivals and a plain copy of the same bytes.
 
 A provider is checked on the benchmark's own inputs before it is timed; a wrong result ends the run.
 """
@@ -14,108 +14,172 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from measure import keep_freed_memory, time_in_turns
-from registry import Case, Shape, all_cases, check
 
 import wavedp
+from wavedp.benchmarks.cases import SUITES
+from wavedp.benchmarks.measure import keep_freed_memory, release_memory, time_in_turns
+from wavedp.benchmarks.registry import Case, Size, check, make_floor, poisoned, result_dtype
+from wavedp.benchmarks.report import Progress, block
 
-HERE = Path(__file__).parent
-FLOOR = "copy_"
+HERE = Path(__file__).resolve().parent
+RIVALS = ("ptwt", "pytorch_wavelets", "PyWavelets")
+Row = dict[str, str]
 
 
-def main() -> int:
-    suites = all_cases()
-    names = [case.name for cases in suites.values() for case in cases]
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    with_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=with_defaults)
-    parser.add_argument("cases", nargs="*", metavar="case", default=[], help=f"of {', '.join(names)}; none: all")
-    parser.add_argument("--device", default=best, help="cpu, cuda or cuda:N")
-    parser.add_argument("--repeats", type=int, default=5, help="samples taken of each provider")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the CSV files")
-    parser.add_argument("--quick", action="store_true", help="tiny inputs, to see that all runs; needs --out")
-    args = parser.parse_args()
-    if unknown := set(args.cases) - set(names):
-        parser.error(f"unknown case {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    if args.repeats < 1:
-        parser.error("--repeats must be at least 1")
-    if args.quick and args.out == HERE / "results":
-        parser.error("--quick times nothing worth keeping: name another folder with --out")
-    device = torch.device(args.device)
+def add_arguments(parser: argparse.ArgumentParser, out: Path | None = None) -> None:
+    """``out`` is where results are kept if nothing is said; None: only shown."""
+    parser.add_argument("suite", nargs="?", metavar="suite", help=f"of {', '.join(SUITES)}; none: all")
+    parser.add_argument(
+        "cases",
+        nargs="*",
+        metavar="case",
+        help="a name as in 'wavedec2-L3', or what it begins with, as 'wavedec2'; none: all",
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a CUDA device if there is one)")
+    parser.add_argument("--repeats", type=int, default=7, help="samples taken of each provider")
+    parser.add_argument("--sample-ms", type=float, default=30.0, help="length of a sample, of one call at least")
+    parser.add_argument("--quick", action="store_true", help="tiny inputs and no torch.compile, to see that all runs")
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="folder for a CSV file for each suite")
+    parser.add_argument("--list", action="store_true", help="list the cases and stop")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """What both ``wavedp bench`` and ``benchmarks/run.py`` do.
+
+    Raises:
+        ValueError: an argument is wrong.
+        WrongResult: a provider computes something else than the reference.
+    """
+    chosen = chosen_cases(arguments.suite, arguments.cases)
+    if arguments.list:
+        for suite, cases in chosen.items():
+            print(f"{suite}: {' '.join(case.name for case in cases)}")
+        return
+    if arguments.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, not {arguments.repeats}")
+    if not arguments.sample_ms > 0:
+        raise ValueError(f"--sample-ms must be more than 0, not {arguments.sample_ms}")
+    if arguments.quick and arguments.out is not None and arguments.out.resolve() == HERE / "results":
+        raise ValueError("--quick times nothing worth keeping: name another folder with --out")
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, not {device}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA device")
+        raise ValueError("--device cuda needs a CUDA device")
 
     keep_freed_memory()
-    for suite, cases in suites.items():
-        for case in (case for case in cases if not args.cases or case.name in args.cases):
-            rows = list(run_case(case, device, args.repeats, args.quick))
-            write_rows(args.out / f"{suite}-{slug(device_name(device))}.csv", rows)
-    return 0
+    torch.backends.cudnn.allow_tf32 = False  # rivals convolve in float32 proper: TF32 fails the check
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    commit = versions()["commit"] or wavedp.__version__
+    print(f"{device_name(device)}{threads}, torch {torch.__version__}, wavedp {commit}")
+    sample_seconds = 0.0 if arguments.quick else arguments.sample_ms / 1e3
+    for suite, cases in chosen.items():
+        for case in cases:
+            rows = []
+            for size in case.sizes["quick" if arguments.quick else device.type]:
+                rows += run_size(case, size, device, arguments.repeats, sample_seconds, quick=arguments.quick)
+            if arguments.out is not None:
+                write_rows(arguments.out / f"{suite}-{slug(device_name(device))}.csv", rows)
 
 
-def run_case(case: Case, device: torch.device, repeats: int, quick: bool) -> Iterator[dict[str, str]]:
-    """One row for each provider, dtype and shape; the first row of each group is the copy, the floor."""
-    dtypes = (torch.float32,) if quick or device.type == "cpu" else (torch.float32, torch.bfloat16)
-    for shape in case.shapes["quick" if quick else device.type]:
-        for dtype in dtypes:
-            yield from run_shape(case, shape, dtype, device, repeats, quick)
+def chosen_cases(suite: str | None, names: Sequence[str]) -> dict[str, list[Case]]:
+    if suite is not None and suite not in SUITES:
+        raise ValueError(f"unknown suite {suite}; there is {', '.join(SUITES)}")
+    suites = {suite: SUITES[suite]} if suite is not None else SUITES
+    known = [case.name for cases in suites.values() for case in cases]
+    for name in names:
+        if not any(matches(name, case) for case in known):
+            raise ValueError(f"unknown case {name}; there are {', '.join(known)}")
+    return {
+        suite: [case for case in cases if not names or any(matches(name, case.name) for name in names)]
+        for suite, cases in suites.items()
+    }
 
 
-def run_shape(
-    case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int, quick: bool
-) -> Iterator[dict[str, str]]:
-    inputs = case.inputs(shape, dtype, device)
-    expected = case.expected(*(x.double() for x in inputs))
-    elements = sum(t.numel() for t in (*inputs, *expected))  # each input read once, each output written once
-    source = torch.randn(elements // 2, device=device).to(dtype)
-    functions = {FLOOR: functools.partial(torch.empty_like(source).copy_, source)}
-    for name, provider in case.providers(device, dtype).items():
-        if quick and name == "torch.compile":
+def matches(name: str, case: str) -> bool:
+    """``wavedec2-L3`` is itself, and one of ``wavedec2``."""
+    return case == name or case.startswith(f"{name}-")
+
+
+def run_size(
+    case: Case, size: Size, device: torch.device, repeats: int, sample_seconds: float, *, quick: bool
+) -> list[Row]:
+    """One row for each floor and each provider, printed as a block."""
+    shape, dtype = "x".join(map(str, size.shape)), str(size.dtype).removeprefix("torch.")
+    progress = Progress(f"{case.name} {shape} {dtype}")
+    release_memory()
+    inputs = case.inputs(size, device)
+    expected = case.expected(size, *(x.double() for x in inputs))
+    results = result_dtype(size.dtype)
+    moved = sum(x.nbytes for x in inputs) + sum(x.numel() for x in expected) * results.itemsize
+
+    functions, compared_with, sizes = {}, {}, {}
+    torch.compiler.reset()
+    providers = case.providers(size, device)
+    out = poisoned(expected, results) if any(provider.writes_out for provider in providers.values()) else []
+    for name, provider in providers.items():
+        if quick and "torch.compile" in name:
             continue
-        check(f"{case.name}, {name}", provider(*inputs), expected)
-        functions[name] = functools.partial(provider, *inputs)
+        progress(f"check {name}")
+        call = provider.prepare(inputs, out)
+        result = call()
+        check(f"{case.name}, {name}", out if provider.writes_out else provider.unpack(result), expected, results)
+        del result
+        for tensor in out:
+            tensor.fill_(torch.nan)
+        functions[name], compared_with[name], sizes[name] = call, provider.floor, moved
     del expected
-    moved = elements * source.element_size()
+    floors = {name: make_floor(name, size, inputs, moved) for name in case.floors}
+    for name, floor in floors.items():
+        floor.call()
+        functions[name], compared_with[name], sizes[name] = floor.call, floor.compared_with, floor.bytes
 
-    timings = time_in_turns(functions, device, repeats, sample_seconds=0.0 if quick else 0.1)
-    for name, timing in timings.items():
+    timings = time_in_turns(functions, device, repeats, sample_seconds, progress)
+    progress.close()
+    rows = []
+    order = {floor: i for i, floor in enumerate(floors)}
+    for name in sorted(timings, key=lambda name: (order[compared_with[name]], order.get(name, len(order)))):
+        timing, floor_name = timings[name], compared_with[name]
         measured = {
             "case": case.name,
             "provider": name,
+            "floor": floor_name,
             "device": device_name(device),
-            "dtype": str(dtype).removeprefix("torch."),
-            "shape": "x".join(map(str, shape)),
-            "bytes": moved,
+            "threads": torch.get_num_threads() if device.type == "cpu" else "",
+            "dtype": dtype,
+            "shape": shape,
+            "bytes": sizes[name],
             "repeats": repeats,
+            "calls": timing.calls,
             "median_ms": f"{timing.median * 1e3:.4g}",
             "q20_ms": f"{timing.q20 * 1e3:.4g}",
             "q80_ms": f"{timing.q80 * 1e3:.4g}",
-            "gb_per_s": f"{moved / timing.median / 1e9:.4g}",
-            "copy_ratio": f"{timings[FLOOR].median / timing.median:.3f}",
-            "threads": torch.get_num_threads() if device.type == "cpu" else "",
+            "gb_per_s": f"{sizes[name] / timing.median / 1e9:.4g}",
+            "floor_ratio": f"{timings[floor_name].median / timing.median:.3f}",
         }
-        line = "{case:12} {dtype:8} {shape:13} {provider:13} {median_ms:>8} ms {copy_ratio:>7}x copy_"
-        print(line.format(**measured), flush=True)
-        yield {column: str(value) for column, value in {**measured, **versions()}.items()}
+        rows.append({column: str(value) for column, value in {**measured, **versions()}.items()})
+    for line in block(rows, sys.stdout):
+        print(line, flush=True)
+    return rows
 
 
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Writes the rows, and keeps those of the file's cases that did not run this time."""
     ran = {row["case"] for row in rows}
-    kept: list[dict[str, str]] = []
+    kept: list[Row] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             kept = [row for row in csv.DictReader(file) if row["case"] not in ran]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept + rows)
+        writer.writerows([*kept, *rows])
 
 
 def device_name(device: torch.device) -> str:
@@ -141,16 +205,29 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             return ""
 
-    describe = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
-    described = subprocess.run(describe, cwd=HERE, capture_output=True, text=True, check=False)
+    commit = ""
+    if (HERE.parent / ".git").exists():
+        describe = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
+        **{name: version(name) for name in RIVALS},
         "wavedp": wavedp.__version__,
-        "commit": described.stdout.strip(),
+        "commit": commit,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_arguments(parser, HERE / "results")
+    try:
+        run(parser.parse_args())
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
 
 
 if __name__ == "__main__":

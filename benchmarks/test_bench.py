@@ -6,29 +6,48 @@ Sizes are middling, since a call is repeated many times; run.py times the sizes 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from registry import Case, Function, all_cases, check
+
+from wavedp.benchmarks.cases import SUITES
+from wavedp.benchmarks.registry import Case, Size, check, poisoned, result_dtype
 
 SHAPE = (16, 3, 256, 256)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def providers() -> Iterator[object]:
-    for case in (case for cases in all_cases().values() for case in cases):
-        for name, provider in case.providers(DEVICE, torch.float32).items():
-            yield pytest.param(case, name, provider, id=f"{case.name}-{name}")
+def size_of(case: Case) -> Size:
+    first = case.sizes[DEVICE.type][0]
+    return first if case.name.startswith("small-") else dataclasses.replace(first, shape=SHAPE)
 
 
-@pytest.mark.parametrize(("case", "name", "provider"), providers())
-def test_throughput(benchmark, case: Case, name: str, provider: Function) -> None:
-    inputs = case.inputs(SHAPE, torch.float32, DEVICE)
-    check(f"{case.name}, {name}", provider(*inputs), case.expected(*(x.double() for x in inputs)))
+def providers() -> Iterator[Any]:
+    for case in (case for cases in SUITES.values() for case in cases):
+        size = size_of(case)
+        cheap = dataclasses.replace(size, shape=(*size.shape[:2], 32, 32))  # only for the names
+        for name in case.providers(cheap, DEVICE):
+            yield pytest.param(case, name, id=f"{case.name}-{name}")
+
+
+@pytest.mark.benchmark(max_time=0.2)
+@pytest.mark.parametrize(("case", "name"), list(providers()))
+def test_throughput(benchmark: Any, case: Case, name: str) -> None:
+    size = size_of(case)
+    torch.compiler.reset()
+    provider = case.providers(size, DEVICE)[name]
+    inputs = case.inputs(size, DEVICE)
+    expected, results = case.expected(size, *(x.double() for x in inputs)), result_dtype(size.dtype)
+    out = poisoned(expected, results)
+    timed = provider.prepare(inputs, out)
+    result = timed()
+    check(f"{case.name}, {name}", out if provider.writes_out else provider.unpack(result), expected, results)
 
     def call() -> None:
-        provider(*inputs)
+        timed()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 

@@ -1,27 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0
 // wavedp._csrc: the CPU functions on addresses. Callers own the memory and keep it alive; the GIL is
-// released.
+// released while they run.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "arguments.h"
 
 namespace py = pybind11;
 using namespace py::literals;
 using std::uintptr_t;
+using wavedp::Addresses;
+using wavedp::ImageAxes;
 
 namespace {
 
-void dwt2(uintptr_t x, uintptr_t bands, int dtype, int64_t n, int64_t height, int64_t width, int64_t stride_n,
-          int64_t stride_h, int64_t stride_w, int edge, int threads) {
-  wavedp::check_range("threads", threads, 1, INT32_MAX);
-  wavedp::wavedp_dwt2_cpu(
-      wavedp::dwt2_job(x, bands, dtype, n, height, width, stride_n, stride_h, stride_w, edge), threads);
+void checked_threads(int threads) { wavedp::check_range("threads", threads, 1, INT32_MAX); }
+
+void wavedec2(uintptr_t x, int dtype, double gain, double bias, const ImageAxes& axes, const Addresses& bands,
+              int band_dtype, int edge, int levels, double factor, int threads) {
+  checked_threads(threads);
+  wavedp::wavedec2_cpu(
+      wavedp::wavedec2_job(x, dtype, gain, bias, axes, bands, band_dtype, edge, levels, factor), threads);
 }
 
-void idwt2(uintptr_t ll, uintptr_t lh, uintptr_t hl, uintptr_t hh, uintptr_t x, int dtype, int64_t n,
-           int64_t height, int64_t width, int edge, int threads) {
-  wavedp::check_range("threads", threads, 1, INT32_MAX);
-  wavedp::wavedp_idwt2_cpu(wavedp::idwt2_job(ll, lh, hl, hh, x, dtype, n, height, width, edge), threads);
+void waverec2(const Addresses& bands, uintptr_t x, int dtype, int64_t n, int64_t height, int64_t width,
+              int edge, int levels, double factor, int threads) {
+  checked_threads(threads);
+  wavedp::waverec2_cpu(wavedp::waverec2_job(bands, x, dtype, n, height, width, edge, levels, factor),
+                       threads);
+}
+
+void wavelet_tokens(uintptr_t x, int dtype, double gain, double bias, const ImageAxes& axes,
+                    const Addresses& tokens, int token_dtype, int levels, double factor, int64_t grid_h,
+                    int64_t grid_w, uintptr_t shift, uintptr_t scale, uintptr_t energies, int threads) {
+  checked_threads(threads);
+  wavedp::wavelet_tokens_cpu(
+      wavedp::wavelet_tokens_job(x, dtype, gain, bias, axes, tokens, token_dtype, levels, factor, grid_h,
+                                 grid_w, shift, scale, energies),
+      threads);
+}
+
+void wavelet_untokens(const Addresses& tokens, uintptr_t x, int dtype, int64_t batch, int64_t channels,
+                      int64_t height, int64_t width, int levels, double factor, int64_t grid_h,
+                      int64_t grid_w, uintptr_t shift, uintptr_t scale, int threads) {
+  checked_threads(threads);
+  wavedp::wavelet_untokens_cpu(wavedp::wavelet_untokens_job(tokens, x, dtype, batch, channels, height, width,
+                                                            levels, factor, grid_h, grid_w, shift, scale),
+                               threads);
 }
 
 void set_isa(const std::string& name) {
@@ -34,11 +59,18 @@ void set_isa(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_csrc, m, py::mod_gil_not_used()) {
-  m.doc() = "One level of the 2-D Haar transform on CPU memory; see csrc/wavelet.h.";
-  m.def("dwt2", &dwt2, "x_ptr"_a, "bands_ptr"_a, "dtype"_a, "n"_a, "height"_a, "width"_a, "stride_n"_a,
-        "stride_h"_a, "stride_w"_a, "edge"_a, "threads"_a, py::call_guard<py::gil_scoped_release>());
-  m.def("idwt2", &idwt2, "ll_ptr"_a, "lh_ptr"_a, "hl_ptr"_a, "hh_ptr"_a, "x_ptr"_a, "dtype"_a, "n"_a,
-        "height"_a, "width"_a, "edge"_a, "threads"_a, py::call_guard<py::gil_scoped_release>());
+  m.doc() = "The 2-D Haar transform on CPU memory; see csrc/wavelet.h.";
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def("wavedec2", &wavedec2, "x_ptr"_a, "dtype"_a, "gain"_a, "bias"_a, "planes"_a, "bands"_a,
+        "band_dtype"_a, "edge"_a, "levels"_a, "factor"_a, "threads"_a, unlocked);
+  m.def("waverec2", &waverec2, "bands"_a, "x_ptr"_a, "dtype"_a, "n"_a, "height"_a, "width"_a, "edge"_a,
+        "levels"_a, "factor"_a, "threads"_a, unlocked);
+  m.def("wavelet_tokens", &wavelet_tokens, "x_ptr"_a, "dtype"_a, "gain"_a, "bias"_a, "planes"_a, "tokens"_a,
+        "token_dtype"_a, "levels"_a, "factor"_a, "grid_h"_a, "grid_w"_a, "shift_ptr"_a, "scale_ptr"_a,
+        "energies_ptr"_a, "threads"_a, unlocked);
+  m.def("wavelet_untokens", &wavelet_untokens, "tokens"_a, "x_ptr"_a, "dtype"_a, "batch"_a, "channels"_a,
+        "height"_a, "width"_a, "levels"_a, "factor"_a, "grid_h"_a, "grid_w"_a, "shift_ptr"_a, "scale_ptr"_a,
+        "threads"_a, unlocked);
   m.def("isa", &wavedp::cpu_isa);
   m.def("set_isa", &set_isa, "name"_a);
 }

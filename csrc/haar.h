@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Haar block, its inverse and the edge rules: the arithmetic of the CPU and the CUDA implementation.
-// Sums are taken in one fixed order and nothing here is changed by contraction to a fused multiply-add,
-// so that every implementation returns the same bits. All of it has internal linkage: an object compiled
-// for AVX-512 must not lend its copy to one that runs elsewhere.
+// The Haar block, its transpose and the edge rules: the arithmetic of the CPU and the CUDA implementation.
+// Sums are taken in one fixed order, rows first, and nothing here is changed by contraction to a fused
+// multiply-add, so that every implementation returns the same bits. All of it has internal linkage: an object
+// compiled for AVX-512 must not lend its copy to one that runs elsewhere.
 #pragma once
 
 #include "wavelet.h"
@@ -21,22 +21,20 @@ struct Block {
   Real a, b, c, d;
 };
 
-// LL = (a+b+c+d)/2, LH = (a+b-c-d)/2, HL = (a-b+c-d)/2, HH = (a-b-c+d)/2
-template <class Real>
-WAVEDP_HOST_DEVICE inline Bands<Real> analyse(const Block<Real>& x) {
-  const Real half = Real(0.5);
-  const Real top = x.a + x.b, bottom = x.c + x.d, top_step = x.a - x.b, bottom_step = x.c - x.d;
-  return {half * (top + bottom), half * (top - bottom), half * (top_step + bottom_step),
-          half * (top_step - bottom_step)};
+// LL = k(a+b+c+d), LH = k(a+b-c-d), HL = k(a-b+c-d), HH = k(a-b-c+d) for the factor k.
+template <class Value, class Real>
+WAVEDP_HOST_DEVICE inline Bands<Value> analyse(const Block<Value>& x, Real factor) {
+  const Value low_even = x.a + x.c, low_odd = x.b + x.d, high_even = x.a - x.c, high_odd = x.b - x.d;
+  return {factor * (low_even + low_odd), factor * (high_even + high_odd), factor * (low_even - low_odd),
+          factor * (high_even - high_odd)};
 }
 
-// The matrix is symmetric and orthogonal, hence its own inverse.
-template <class Real>
-WAVEDP_HOST_DEVICE inline Block<Real> synthesise(const Bands<Real>& y) {
-  const Real half = Real(0.5);
-  const Real top = y.ll + y.lh, bottom = y.ll - y.lh, top_step = y.hl + y.hh, bottom_step = y.hl - y.hh;
-  return {half * (top + top_step), half * (top - top_step), half * (bottom + bottom_step),
-          half * (bottom - bottom_step)};
+// The matrix is symmetric; with the factor 1/2 it is its own inverse.
+template <class Value, class Real>
+WAVEDP_HOST_DEVICE inline Block<Value> synthesise(const Bands<Value>& y, Real factor) {
+  const Value top = y.ll + y.lh, bottom = y.ll - y.lh, top_step = y.hl + y.hh, bottom_step = y.hl - y.hh;
+  return {factor * (top + top_step), factor * (top - top_step), factor * (bottom + bottom_step),
+          factor * (bottom - bottom_step)};
 }
 
 // x[N] = sum_k weight[k] * x[index[k]], k < count, for an axis of odd length N.
@@ -75,51 +73,12 @@ WAVEDP_HOST_DEVICE inline int fold_weight(Edge edge, int64_t length, int64_t k) 
          (taps.count > 1 && taps.index[1] == k ? taps.weight[1] : 0);
 }
 
-// sample(0) + ... by the edge rule; no term is added that the rule does not have, as 0 * inf is not 0.
+// The virtual sample from sample(k); no term is added that the rule does not have, as 0 * inf is not 0.
 template <class Real, class Sample>
-WAVEDP_HOST_DEVICE inline Real extend(Edge edge, int64_t length, int64_t k, Sample sample) {
-  if (k < length) return sample(k);
-  const Taps taps = virtual_taps(edge, length);
+WAVEDP_HOST_DEVICE inline Real virtual_sample(const Taps& taps, Sample sample) {
   if (taps.count == 0) return Real(0);
   const Real first = Real(taps.weight[0]) * sample(taps.index[0]);
   return taps.count == 1 ? first : first + Real(taps.weight[1]) * sample(taps.index[1]);
-}
-
-// The sample (row, column) of an image with its virtual row and column, either index up to its length.
-template <class Real, class Sample>
-WAVEDP_HOST_DEVICE inline Real extended_sample(const Dwt2& job, int64_t row, int64_t column, Sample sample) {
-  return extend<Real>(job.edge, job.height, row, [&](int64_t r) {
-    return extend<Real>(job.edge, job.width, column, [&](int64_t c) { return sample(r, c); });
-  });
-}
-
-template <class Real, class Sample>
-WAVEDP_HOST_DEVICE inline Bands<Real> analyse_extended(const Dwt2& job, int64_t i, int64_t j, Sample sample) {
-  return analyse(Block<Real>{extended_sample<Real>(job, 2 * i, 2 * j, sample),
-                             extended_sample<Real>(job, 2 * i, 2 * j + 1, sample),
-                             extended_sample<Real>(job, 2 * i + 1, 2 * j, sample),
-                             extended_sample<Real>(job, 2 * i + 1, 2 * j + 1, sample)});
-}
-
-// The pixel (row, column) of the synthesis, virtual row and column included; bands(i, j) loads one cell.
-template <class Real, class Cell>
-WAVEDP_HOST_DEVICE inline Real pixel(int64_t row, int64_t column, Cell cell) {
-  const Block<Real> x = synthesise<Real>(cell(row / 2, column / 2));
-  const Real left = row % 2 ? x.c : x.a, right = row % 2 ? x.d : x.b;
-  return column % 2 ? right : left;
-}
-
-// The pixel (row, column) of the transpose: the synthesis plus what the edge rule took from this pixel.
-template <class Real, class Cell>
-WAVEDP_HOST_DEVICE inline Real folded_pixel(const Idwt2& job, int64_t row, int64_t column, Cell cell) {
-  const int row_weight = fold_weight(job.edge, job.height, row);
-  const int column_weight = fold_weight(job.edge, job.width, column);
-  const auto across = [&](int64_t r) {
-    const Real own = pixel<Real>(r, column, cell);
-    return column_weight == 0 ? own : own + Real(column_weight) * pixel<Real>(r, job.width, cell);
-  };
-  const Real own = across(row);
-  return row_weight == 0 ? own : own + Real(row_weight) * across(job.height);
 }
 
 }  // namespace

@@ -1,278 +1,340 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two-dimensional Haar transform in Triton: one pass over the image, one over the coefficients.
+"""Two-dimensional Haar transform in Triton: up to three levels a launch, one read and one write.
 
-A row of pixels is always loaded and stored as one contiguous tile; its even and odd columns are parted in
-registers (``reshape`` and ``split``, ``join`` and ``reshape``). Indexing with stride 2 would make every
-access a scalar one. One warp owns a tile, so that parting the columns needs no barrier.
-
-``edge`` is the rule for the virtual sample ``x[N]`` that completes the last pair of an axis of odd length:
-0 zero, 1 ``x[N-1]``, 2 ``x[0]``, 3 ``x[N-2]``, 4 ``-x[N-1]``, 5 ``2 x[N-1] - x[N-2]``. The numbers are those
-of ``wavedp.reference.wavelet.Edge``.
+The definition is ``wavedp.reference.wavelet``, whose bits these kernels return; ``kernels/haar.py`` says how a tile is
+laid out. Where a size is even at every level of a launch, the levels share it and only coefficients are written. A
+level with an odd size takes a launch of its own, which knows the edge rules, and passes its LL on in the precision of
+the arithmetic, so that half precision is rounded once however many launches there are.
 """
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
-
-ZERO = tl.constexpr(0)
-REPEAT = tl.constexpr(1)
-WRAP = tl.constexpr(2)
-REFLECT = tl.constexpr(3)
-NEGATE = tl.constexpr(4)
-LINEAR = tl.constexpr(5)
+from wavedp.kernels.haar import (
+    EXACT,
+    ZERO,
+    Images,
+    Step,
+    analyse,
+    analyse_tile,
+    complete,
+    edge_source,
+    fold,
+    images,
+    join_columns,
+    join_rows,
+    launch_grid,
+    load_wide,
+    on_device,
+    split_columns,
+    split_rows,
+    steps,
+    synthesise,
+    synthesise_tile,
+    tile_indices,
+    tile_of,
+    tile_origin,
+    wide_dtype,
+)
 
 
 @triton.jit
-def _edge_source(i, N, EDGE: tl.constexpr):
-    """Index read for sample ``i``: ``i`` itself, or for ``i == N`` the sample its edge rule starts from."""
-    if EDGE == ZERO:
-        source = i
-    elif EDGE == WRAP:
-        source = tl.where(i == N, 0, i)
-    elif EDGE == REFLECT or EDGE == LINEAR:  # noqa: SIM109 (Triton has no `in`)
-        source = tl.where(i == N, tl.maximum(N - 2, 0), i)
+def _store_band(
+    band_ptr, value, plane, row, col, h, w, SCALE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """``value``, a tile of a contiguous band ``[planes, h SCALE, w SCALE]``."""
+    rows, cols, mask = tile_indices(row, col, h, w, SCALE, BLOCK_H, BLOCK_W)
+    offsets = (plane.to(tl.int64) * (h * SCALE) + rows) * (w * SCALE) + cols
+    tl.store(band_ptr + offsets, value, mask=mask)
+
+
+@triton.jit
+def _load_band(band_ptr, plane, row, col, h, w, SCALE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """A tile of a contiguous band ``[planes, h SCALE, w SCALE]``, zeros where the band is absent."""
+    if band_ptr is None:
+        value = tl.full((SCALE, BLOCK_H, BLOCK_W * SCALE), 0.0, tl.float32)
     else:
-        source = tl.where(i == N, N - 1, i)
-    return source
-
-
-@triton.jit
-def _complete(first, second, virtual, EDGE: tl.constexpr):
-    """Second samples of pairs: where ``virtual``, finishes the rule on what ``_edge_source`` pointed at."""
-    if EDGE == NEGATE:
-        second = tl.where(virtual, -second, second)
-    elif EDGE == LINEAR:
-        second = tl.where(virtual, 2.0 * first - second, second)
-    return second
-
-
-@triton.jit
-def _fold(first, second, virtual, i, N, EDGE: tl.constexpr):
-    """Adjoint of the edge rule on pairs ``i``: ``virtual`` goes to the samples it was made of."""
-    in_last = 2 * i + 1 == N  # first is x[N-1]
-    before_last = 2 * i + 1 == N - 2  # second is x[N-2]
-    if EDGE == REPEAT:
-        first += tl.where(in_last, virtual, 0.0)
-    elif EDGE == NEGATE:
-        first -= tl.where(in_last, virtual, 0.0)
-    elif EDGE == WRAP:
-        first += tl.where((i == 0) & (N % 2 == 1), virtual, 0.0)
-    elif EDGE == REFLECT:
-        second += tl.where(before_last, virtual, 0.0)
-    elif EDGE == LINEAR:
-        # An axis of one sample has no x[N-2]: its line is flat.
-        first += tl.where(in_last, tl.where(N == 1, virtual, 2.0 * virtual), 0.0)
-        second -= tl.where(before_last, virtual, 0.0)
-    return first, second
-
-
-@triton.jit
-def _load_wide(ptrs, mask):
-    """Loads in the precision of the arithmetic: float64 as it is, anything narrower as float32."""
-    value = tl.load(ptrs, mask=mask, other=0.0)
-    if value.dtype != tl.float64:
-        value = value.to(tl.float32)
+        rows, cols, mask = tile_indices(row, col, h, w, SCALE, BLOCK_H, BLOCK_W)
+        offsets = (plane.to(tl.int64) * (h * SCALE) + rows) * (w * SCALE) + cols
+        value = load_wide(band_ptr + offsets, mask)
     return value
 
 
 @triton.jit
-def _tile_indices(h, w, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Plane, first coefficient row and first coefficient column of this program's tile, as int64."""
-    tiles_w = (w + BLOCK_W - 1) // BLOCK_W
-    tiles_h = (h + BLOCK_H - 1) // BLOCK_H
-    pid = tl.program_id(0)
-    plane = (pid // (tiles_w * tiles_h)).to(tl.int64)
-    row = (pid // tiles_w % tiles_h).to(tl.int64) * BLOCK_H
-    col = (pid % tiles_w).to(tl.int64) * BLOCK_W
-    return plane, row, col
+def _store_details(
+    bands, lh, hl, hh, plane, row, col, h, w, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """The details of the level ``K`` levels finer than LL, to their places in the list of ``bands``."""
+    SCALE: tl.constexpr = 1 << K
+    FIRST: tl.constexpr = 3 * K + 1
+    _store_band(bands[FIRST], lh, plane, row, col, h, w, SCALE, BLOCK_H, BLOCK_W)
+    _store_band(bands[FIRST + 1], hl, plane, row, col, h, w, SCALE, BLOCK_H, BLOCK_W)
+    _store_band(bands[FIRST + 2], hh, plane, row, col, h, w, SCALE, BLOCK_H, BLOCK_W)
 
 
-@triton.jit(do_not_specialize=["N", "H", "h"])
-def _dwt2_forward_kernel(
-    x_ptr,  # [N, H, W], strides in elements
-    bands_ptr,  # [4, N, h, w], contiguous
-    stride_xn,
+@triton.jit(do_not_specialize=["inner", "H", "W", "h"])
+def _wavedec2_forward_kernel(
+    x_ptr,  # [outer, inner, H, W], strides in elements
+    bands,  # LL, then LH, HL, HH of each level from the coarsest: contiguous [outer, inner, h_k, w_k]; or LL alone
+    stride_xo,
+    stride_xi,
     stride_xh,
     stride_xw,
-    N,
+    inner,
     H,
     W,
-    h,  # ceil(H / 2)
-    w,  # ceil(W / 2); an argument, so that its divisibility by 16 is known and stores are vectors
-    EDGE: tl.constexpr,
+    h,  # of LL: ceil(H / 2^LEVELS)
+    w,  # of LL; an argument, so that its divisibility by 16 is known and stores are vectors
+    factor,
+    gain,  # of bytes: a sample is gain * x + bias
+    bias,
+    LEVELS: tl.constexpr,
+    EDGE: tl.constexpr,  # EXACT, or LEVELS is 1
+    DETAILS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    plane, row, col = _tile_indices(h, w, BLOCK_H, BLOCK_W)
-    rows = row + tl.arange(0, BLOCK_H)[:, None]
-    cols = col + tl.arange(0, BLOCK_W)[None, :]
-    pixels = _edge_source(2 * col + tl.arange(0, 2 * BLOCK_W)[None, :], W, EDGE)
-    lower = _edge_source(2 * rows + 1, H, EDGE)
+    plane, row, col = tile_origin(h, w, BLOCK_H, BLOCK_W)
+    rows, cols, mask = tile_indices(row, col, h, w, 1 << LEVELS, BLOCK_H, BLOCK_W)
+    x_ptr += (plane // inner).to(tl.int64) * stride_xo + (plane % inner).to(tl.int64) * stride_xi
+    if EDGE != EXACT:
+        rows, cols = edge_source(rows, H, EDGE), edge_source(cols, W, EDGE)
+        mask = (rows < H) & (cols < W)
+    x = load_wide(x_ptr + rows * stride_xh + cols * stride_xw, mask, gain, bias)
 
-    x_ptr += plane * stride_xn
-    top = _load_wide(x_ptr + 2 * rows * stride_xh + pixels * stride_xw, (2 * rows < H) & (pixels < W))
-    bottom = _load_wide(x_ptr + lower * stride_xh + pixels * stride_xw, (lower < H) & (pixels < W))
-    a, b = tl.split(tl.reshape(top, (BLOCK_H, BLOCK_W, 2)))
-    c, d = tl.split(tl.reshape(bottom, (BLOCK_H, BLOCK_W, 2)))
-    b = _complete(a, b, 2 * cols + 1 == W, EDGE)
-    d = _complete(c, d, 2 * cols + 1 == W, EDGE)
-    c = _complete(a, c, 2 * rows + 1 == H, EDGE)
-    d = _complete(b, d, 2 * rows + 1 == H, EDGE)
-
-    mask = (rows < h) & (cols < w)
-    tl.store(bands_ptr + (plane * h + rows) * w + cols, ((a + b) + (c + d)) * 0.5, mask=mask)
-    plane += N
-    tl.store(bands_ptr + (plane * h + rows) * w + cols, ((a + b) - (c + d)) * 0.5, mask=mask)
-    plane += N
-    tl.store(bands_ptr + (plane * h + rows) * w + cols, ((a - b) + (c - d)) * 0.5, mask=mask)
-    plane += N
-    tl.store(bands_ptr + (plane * h + rows) * w + cols, ((a - b) - (c - d)) * 0.5, mask=mask)
-
-
-@triton.jit
-def _load_band(band_ptr, offsets, mask):
-    """A band's tile, or zeros where the band is absent."""
-    return (offsets * 0).to(tl.float32) if band_ptr is None else _load_wide(band_ptr + offsets, mask)
+    for k in tl.static_range(LEVELS):
+        if EDGE == EXACT:
+            x, lh, hl, hh = analyse_tile(x, factor)
+        else:
+            rows, cols, _ = tile_indices(row, col, h, w, 1, BLOCK_H, BLOCK_W)
+            top, bottom = split_rows(x)
+            a, b = split_columns(top)
+            c, d = split_columns(bottom)
+            b = complete(a, b, 2 * cols + 1 == W, EDGE)
+            d = complete(c, d, 2 * cols + 1 == W, EDGE)
+            c = complete(a, c, 2 * rows + 1 == H, EDGE)
+            d = complete(b, d, 2 * rows + 1 == H, EDGE)
+            x, lh, hl, hh = analyse(a, b, c, d, factor)
+        if DETAILS:
+            _store_details(bands, lh, hl, hh, plane, row, col, h, w, LEVELS - 1 - k, BLOCK_H, BLOCK_W)
+    _store_band(bands[0], x, plane, row, col, h, w, 1, BLOCK_H, BLOCK_W)
 
 
 @triton.jit
-def _blocks(ll_ptr, lh_ptr, hl_ptr, hh_ptr, plane, rows, cols, h, w):
-    """Pixel blocks ``[[a, b], [c, d]]`` of the coefficients at ``rows`` x ``cols``."""
-    mask = (rows < h) & (cols < w)
-    offsets = (plane * h + rows) * w + cols
-    ll = _load_band(ll_ptr, offsets, mask)
-    lh = _load_band(lh_ptr, offsets, mask)
-    hl = _load_band(hl_ptr, offsets, mask)
-    hh = _load_band(hh_ptr, offsets, mask)
-    a = ((ll + lh) + (hl + hh)) * 0.5
-    b = ((ll + lh) - (hl + hh)) * 0.5
-    c = ((ll - lh) + (hl - hh)) * 0.5
-    d = ((ll - lh) - (hl - hh)) * 0.5
-    return a, b, c, d
+def _load_details(bands, plane, row, col, h, w, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """LH, HL, HH of the level ``K`` levels finer than LL."""
+    SCALE: tl.constexpr = 1 << K
+    FIRST: tl.constexpr = 3 * K + 1
+    lh = _load_band(bands[FIRST], plane, row, col, h, w, SCALE, BLOCK_H, BLOCK_W)
+    hl = _load_band(bands[FIRST + 1], plane, row, col, h, w, SCALE, BLOCK_H, BLOCK_W)
+    hh = _load_band(bands[FIRST + 2], plane, row, col, h, w, SCALE, BLOCK_H, BLOCK_W)
+    return lh, hl, hh
 
 
 @triton.jit
-def _column_folded_blocks(ll_ptr, lh_ptr, hl_ptr, hh_ptr, plane, rows, cols, W, h, w, EDGE: tl.constexpr):
+def _load_line(band_ptr, offsets, mask):
+    return tl.full(offsets.shape, 0.0, tl.float32) if band_ptr is None else load_wide(band_ptr + offsets, mask)
+
+
+@triton.jit
+def _blocks(bands, plane, rows, cols, mask, h, w, factor):
+    """Pixel blocks ``[[a, b], [c, d]]`` of the coefficients at ``rows`` x ``cols`` of the only level."""
+    offsets = (plane.to(tl.int64) * h + rows) * w + cols
+    ll = _load_line(bands[0], offsets, mask)
+    lh = _load_line(bands[1], offsets, mask)
+    hl = _load_line(bands[2], offsets, mask)
+    hh = _load_line(bands[3], offsets, mask)
+    return synthesise(ll, lh, hl, hh, factor)
+
+
+@triton.jit
+def _column_folded_blocks(bands, plane, rows, cols, mask, W, h, w, factor, EDGE: tl.constexpr):
     """``_blocks`` with the virtual pixel column folded back into the columns it was made of."""
-    a, b, c, d = _blocks(ll_ptr, lh_ptr, hl_ptr, hh_ptr, plane, rows, cols, h, w)
+    a, b, c, d = _blocks(bands, plane, rows, cols, mask, h, w, factor)
     if EDGE != ZERO:
-        _, upper, _, under = _blocks(ll_ptr, lh_ptr, hl_ptr, hh_ptr, plane, rows, w - 1, h, w)
-        a, b = _fold(a, b, upper, cols, W, EDGE)
-        c, d = _fold(c, d, under, cols, W, EDGE)
+        at_border = mask & ((cols == 0) | (cols >= w - 2))
+        _, upper, _, under = _blocks(bands, plane, rows, cols * 0 + (w - 1), at_border, h, w, factor)
+        a, b = fold(a, b, upper, cols, W, EDGE)
+        c, d = fold(c, d, under, cols, W, EDGE)
     return a, b, c, d
 
 
-@triton.jit(do_not_specialize=["H", "h"])
-def _idwt2_forward_kernel(
-    ll_ptr,  # each band [N, h, w], contiguous, or None for zeros
-    lh_ptr,
-    hl_ptr,
-    hh_ptr,
-    x_ptr,  # [N, H, W], contiguous
+@triton.jit
+def _folded_blocks(bands, plane, rows, cols, mask, H, W, h, w, factor, EDGE: tl.constexpr):
+    """``_column_folded_blocks`` with the virtual pixel row folded back too: columns first, then rows."""
+    a, b, c, d = _column_folded_blocks(bands, plane, rows, cols, mask, W, h, w, factor, EDGE)
+    if EDGE != ZERO:
+        at_border = mask & ((rows == 0) | (rows >= h - 2))
+        _, _, left, right = _column_folded_blocks(
+            bands, plane, rows * 0 + (h - 1), cols, at_border, W, h, w, factor, EDGE
+        )
+        a, c = fold(a, c, left, rows, H, EDGE)
+        b, d = fold(b, d, right, rows, H, EDGE)
+    return a, b, c, d
+
+
+@triton.jit(do_not_specialize=["H", "W", "h"])
+def _waverec2_forward_kernel(
+    bands,  # LL, then LH, HL, HH of each level from the coarsest: contiguous [planes, h_k, w_k], or None for zeros
+    x_ptr,  # [planes, H, W], contiguous
     H,
     W,
-    h,  # ceil(H / 2)
-    w,  # ceil(W / 2)
-    EDGE: tl.constexpr,
+    h,  # of LL: ceil(H / 2^LEVELS)
+    w,
+    factor,
+    LEVELS: tl.constexpr,
+    EDGE: tl.constexpr,  # EXACT, or LEVELS is 1
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    plane, row, col = _tile_indices(h, w, BLOCK_H, BLOCK_W)
-    rows = row + tl.arange(0, BLOCK_H)[:, None]
-    cols = col + tl.arange(0, BLOCK_W)[None, :]
-    a, b, c, d = _column_folded_blocks(ll_ptr, lh_ptr, hl_ptr, hh_ptr, plane, rows, cols, W, h, w, EDGE)
-    if EDGE != ZERO:
-        _, _, left, right = _column_folded_blocks(ll_ptr, lh_ptr, hl_ptr, hh_ptr, plane, h - 1, cols, W, h, w, EDGE)
-        a, c = _fold(a, c, left, rows, H, EDGE)
-        b, d = _fold(b, d, right, rows, H, EDGE)
-
-    pixels = 2 * col + tl.arange(0, 2 * BLOCK_W)[None, :]
-    top = tl.reshape(tl.join(a, b), (BLOCK_H, 2 * BLOCK_W))
-    bottom = tl.reshape(tl.join(c, d), (BLOCK_H, 2 * BLOCK_W))
-    upper_row = plane * H + 2 * rows
-    tl.store(x_ptr + upper_row * W + pixels, top, mask=(2 * rows < H) & (pixels < W))
-    tl.store(x_ptr + (upper_row + 1) * W + pixels, bottom, mask=(2 * rows + 1 < H) & (pixels < W))
+    plane, row, col = tile_origin(h, w, BLOCK_H, BLOCK_W)
+    if EDGE == EXACT:
+        x = _load_band(bands[0], plane, row, col, h, w, 1, BLOCK_H, BLOCK_W)
+        for k in tl.static_range(LEVELS):
+            lh, hl, hh = _load_details(bands, plane, row, col, h, w, k, BLOCK_H, BLOCK_W)
+            x = synthesise_tile(x, lh, hl, hh, factor)
+        _store_band(x_ptr, x, plane, row, col, h, w, 1 << LEVELS, BLOCK_H, BLOCK_W)
+    else:
+        rows, cols, mask = tile_indices(row, col, h, w, 1, BLOCK_H, BLOCK_W)
+        a, b, c, d = _folded_blocks(bands, plane, rows, cols, mask, H, W, h, w, factor, EDGE)
+        x = join_rows(join_columns(a, b), join_columns(c, d))
+        rows, cols, _ = tile_indices(row, col, h, w, 2, BLOCK_H, BLOCK_W)
+        tl.store(x_ptr + (plane.to(tl.int64) * H + rows) * W + cols, x, mask=(rows < H) & (cols < W))
 
 
-INTERPRETED = not isinstance(_dwt2_forward_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(_wavedec2_forward_kernel, triton.JITFunction)
 """True if this module was imported under ``TRITON_INTERPRET=1``: its kernels then take CPU tensors."""
 
 
-def _tile(h: int, w: int) -> dict[str, int]:
-    """Tile of 128 coefficients, 16 pixels a lane: wide for wide images, tall for narrow ones."""
-    block_w = min(max(triton.next_power_of_2(w), 8), 128)
-    return {"BLOCK_H": 128 // block_w, "BLOCK_W": block_w, "num_warps": 1}
+def _step_bands(bands: Sequence[torch.Tensor | None], step: Step) -> list[torch.Tensor | None]:
+    """The details that ``step`` makes or reads, from the coarsest level."""
+    finest = len(bands) - 3 * step.first
+    return list(bands[finest - 3 * step.levels : finest])
 
 
-def _grid(n: int, h: int, w: int, tile: dict[str, int]) -> tuple[int]:
-    return (n * triton.cdiv(h, tile["BLOCK_H"]) * triton.cdiv(w, tile["BLOCK_W"]),)
+def _allocate(source: Images, level: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The bands as contiguous views of one allocation."""
+    lead = source.x.shape[:-2]
+    shapes = []
+    height, width = source.height, source.width
+    for _ in range(level):
+        height, width = (height + 1) // 2, (width + 1) // 2
+        shapes += [(*lead, height, width)] * 3
+    shapes = [(*lead, height, width), *reversed(shapes)]
+    sizes = [source.outer * source.inner * h * w for *_, h, w in shapes]
+    flat = torch.empty(sum(sizes), dtype=dtype, device=source.x.device)
+    return [flat[end - size : end].view(shape) for shape, size, end in zip(shapes, sizes, accumulate(sizes))]
 
 
-def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def _launch_forward(
+    source: Images, bands: Sequence[torch.Tensor], level: int, edge: int, factor: float, gain: float, bias: float
+) -> None:
+    """Writes ``bands``: all of them, or LL alone."""
+    x, planes, lead = source.x, source.outer * source.inner, source.x.shape[:-2]
+    with on_device(x):
+        for step in (schedule := steps(source.height, source.width, level, edge)):
+            h, w = step.cells
+            last = step is schedule[-1]
+            ll = bands[0] if last else x.new_empty((*lead, h, w), dtype=wide_dtype(x.dtype))
+            details = _step_bands(bands, step) if len(bands) > 1 else []
+            tile = tile_of(step.levels, h, w, source.x.dtype, dense=source.strides[3] == 1)
+            _wavedec2_forward_kernel[launch_grid(planes, h, w, tile)](
+                source.x, (ll, *details), *source.strides, source.inner, step.height, step.width, h, w,
+                factor, gain, bias, LEVELS=step.levels, EDGE=step.edge, DETAILS=bool(details), **tile,
+            )  # fmt: skip
+            source = images(ll)
 
 
-def dwt2_forward(x: torch.Tensor, edge: int) -> torch.Tensor:
-    """One level of the transform.
+def wavedec2_forward(
+    x: torch.Tensor, level: int, edge: int, factor: float, out: list[torch.Tensor] | None = None
+) -> list[torch.Tensor]:
+    """The bands of ``level`` >= 1 levels.
 
     Args:
         x: ``[..., H, W]``, any strides, float16, bfloat16, float32 or float64.
-        edge: rule for odd sizes, see the module.
+        edge: rule for odd sizes, see ``kernels/haar.py``.
+        factor: of one level; 1/2 is orthonormal. A power of two.
+        out: contiguous tensors to write, shapes and dtype as returned.
 
     Returns:
-        LL, LH, HL, HH as ``[4, ..., h, w]``, contiguous, in the dtype of ``x``.
+        LL_L, LH_L, HL_L, HH_L, LH_(L-1), ..., HH_1 in the dtype of ``x``; ``out``, or views of one allocation.
     """
-    *lead, H, W = x.shape
-    h, w = (H + 1) // 2, (W + 1) // 2
-    bands = torch.empty((4, *lead, h, w), dtype=x.dtype, device=x.device)
-    if bands.numel() == 0:
-        return bands
-    planes = x.reshape(-1, H, W)
-    tile = _tile(h, w)
-    with _on_device(x):
-        _dwt2_forward_kernel[_grid(planes.shape[0], h, w, tile)](
-            planes, bands, *planes.stride(), *planes.shape, h, w, EDGE=_needed_edge(edge, H, W), **tile
-        )
+    source = images(x)
+    bands = _allocate(source, level, x.dtype) if out is None else out
+    if x.numel() > 0:
+        _launch_forward(source, bands, level, edge, factor, 1.0, 0.0)
     return bands
 
 
-def idwt2_forward(
-    ll: torch.Tensor | None,
-    lh: torch.Tensor | None,
-    hl: torch.Tensor | None,
-    hh: torch.Tensor | None,
+def coarse_forward(
+    x: torch.Tensor,
+    level: int,
+    edge: int,
+    factor: float,
+    gain: float = 1.0,
+    bias: float = 0.0,
+    dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """LL of ``level`` >= 1 levels alone; as :func:`wavedec2_forward`, and ``x`` may be uint8.
+
+    Args:
+        gain, bias: a sample of bytes is ``gain * x + bias``.
+        dtype: of the result; that of ``x``, or float32 for bytes.
+    """
+    if out is None:
+        dtype = dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype)
+        h, w = -(-x.shape[-2] // 2**level), -(-x.shape[-1] // 2**level)
+        out = torch.empty((*x.shape[:-2], h, w), dtype=dtype, device=x.device)
+    if x.numel() > 0:
+        _launch_forward(images(x), [out], level, edge, factor, gain, bias)
+    return out
+
+
+def waverec2_forward(
+    bands: Sequence[torch.Tensor | None],
     height: int,
     width: int,
     edge: int,
+    factor: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Adjoint of :func:`dwt2_forward` under ``edge``: with edge 0, or even sizes, the inverse transform.
+    """Transpose of :func:`wavedec2_forward` under ``edge``: with edge 0, or even sizes, the inverse up to the factor.
 
     Args:
-        ll, lh, hl, hh: bands ``[..., h, w]`` of one dtype; None stands for zeros, at least one is given.
-        height, width: size of the result, ``h = ceil(height / 2)``, ``w = ceil(width / 2)``.
-        edge: rule for odd sizes, see the module.
+        bands: ``3 L + 1`` bands ``[..., h_k, w_k]`` of one dtype, in the order of :func:`wavedec2_forward`; None
+            stands for zeros, at least one is given.
+        height, width: size of the result.
 
     Returns:
-        ``[..., height, width]``, contiguous, in the dtype of the bands.
+        ``[..., height, width]``, contiguous, in the dtype of the bands; ``out`` if given.
     """
-    bands = [None if band is None else band.contiguous() for band in (ll, lh, hl, hh)]
+    bands = [None if band is None else band.contiguous() for band in bands]
     given = next(band for band in bands if band is not None)
-    *lead, h, w = given.shape
-    x = torch.empty((*lead, height, width), dtype=given.dtype, device=given.device)
-    if x.numel() == 0:
-        return x
-    tile = _tile(h, w)
-    with _on_device(x):
-        _idwt2_forward_kernel[_grid(given.numel() // (h * w), h, w, tile)](
-            *bands, x, height, width, h, w, EDGE=_needed_edge(edge, height, width), **tile
-        )
-    return x
-
-
-def _needed_edge(edge: int, H: int, W: int) -> int:
-    """Even sizes need no rule: they all share the kernel that reads nothing twice."""
-    return int(edge) if H % 2 or W % 2 else 0
+    *lead, _, _ = given.shape
+    if out is None:
+        out = torch.empty((*lead, height, width), dtype=given.dtype, device=given.device)
+    if out.numel() == 0:
+        return out
+    planes = out.numel() // (height * width)
+    ll = bands[0]
+    with on_device(out):
+        for step in reversed(steps(height, width, len(bands) // 3, edge)):
+            details = _step_bands(bands, step)
+            if ll is None and all(band is None for band in details):
+                continue
+            wide = wide_dtype(out.dtype)
+            x = out.new_empty((*lead, step.height, step.width), dtype=wide) if step.first else out
+            h, w = step.cells
+            tile = tile_of(step.levels, h, w, out.dtype)
+            _waverec2_forward_kernel[launch_grid(planes, h, w, tile)](
+                (ll, *details), x, step.height, step.width, h, w, factor,
+                LEVELS=step.levels, EDGE=step.edge, **tile,
+            )  # fmt: skip
+            ll = x
+    return out

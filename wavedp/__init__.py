@@ -14,7 +14,15 @@ if (_CHECKOUT / "kernels" / "wavelet.py").is_file() and (_CHECKOUT / "csrc").is_
     # A checkout that is not installed: kernels/ lies beside wavedp/ instead of inside it.
     __path__.append(str(_CHECKOUT))
 
-from wavedp.functional import coarse, dwt2, idwt2, wavedec2, waverec2  # noqa: E402
+from wavedp.functional import (  # noqa: E402
+    coarse,
+    dwt2,
+    idwt2,
+    wavedec2,
+    wavelet_tokens,
+    wavelet_untokens,
+    waverec2,
+)
 
 if TYPE_CHECKING:
     from wavedp.pipeline import CoarseToFineOutput, CoarseToFinePipeline
@@ -25,9 +33,19 @@ _LAZY_ATTRIBUTES = {
     "CoarseToFinePipeline": "wavedp.pipeline",
     "CoarseToFineOutput": "wavedp.pipeline",
 }
-_LAZY_MODULES = ("data", "functional", "models", "ops", "pipeline", "privacy", "superres", "training")
+_LAZY_MODULES = ("compat", "data", "functional", "models", "ops", "pipeline", "privacy", "superres", "training")
 
-__all__ = ["CoarseToFineOutput", "CoarseToFinePipeline", "coarse", "dwt2", "idwt2", "wavedec2", "waverec2"]
+__all__ = [
+    "CoarseToFineOutput",
+    "CoarseToFinePipeline",
+    "coarse",
+    "dwt2",
+    "idwt2",
+    "wavedec2",
+    "wavelet_tokens",
+    "wavelet_untokens",
+    "waverec2",
+]
 
 
 def __getattr__(name: str) -> Any:

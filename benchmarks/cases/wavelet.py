@@ -1,150 +1,192 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Haar transform of one and three levels: the backends, the reference under torch.compile, PyWavelets."""
+"""The Haar transform: all bands, back to the image, the gradients of both, and the coarse band alone."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from registry import Case, Function, Shape
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import wavedp
-from wavedp.ops import available_backends, use_backend
-from wavedp.reference.wavelet import Edge, dwt2_forward, idwt2_forward
+from wavedp.benchmarks.cases.sizes import FLOAT32, SIZES, UINT8, images
+from wavedp.benchmarks.registry import Case, Provider, Size, Thunk
+from wavedp.benchmarks.transforms import Transform, by_backend, is_compiled, nested, transforms
+from wavedp.ops import available_backends
+from wavedp.reference.wavelet import Edge, band_sizes, coarse_forward, wavedec2_forward, waverec2_forward
 
 LEVEL = 3
-BACKENDS = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
-# 201 MB in float32 is past every cache; 50 MB is within the last-level cache of a server's processor.
-SHAPES = {
-    "quick": [(2, 3, 32, 48)],
-    "cpu": [(64, 3, 256, 256), (256, 3, 256, 256)],
-    "cuda": [(256, 3, 256, 256)],
-}
+BYTES = (1 / 255, 0.0)  # gain and bias of uint8
 
 
-def decompose(x: Tensor, level: int) -> list[Tensor]:
-    """The definition: cA, then cH, cV, cD of each level, coarsest first."""
-    details: list[Tensor] = []
-    for _ in range(level):
-        x, *bands = dwt2_forward(x, Edge.REPEAT).unbind(0)
-        details = bands + details
-    return [x, *details]
+def bands_of(level: int, size: Size, device: torch.device) -> tuple[Tensor, ...]:
+    (x,) = images(size, device)
+    return tuple(decompose(size, x, level))
 
 
-def recompose(*bands: Tensor) -> list[Tensor]:
-    """The inverse of ``decompose`` for even sizes."""
-    x, *details = bands
-    for i in range(0, len(details), 3):
-        x = idwt2_forward(x, *details[i : i + 3], 2 * x.shape[-2], 2 * x.shape[-1], Edge.ZERO)
-    return [x]
+def decompose(size: Size, x: Tensor, level: int) -> list[Tensor]:
+    return wavedec2_forward(x, level, Edge.REPEAT, 0.5)
 
 
-def flat(coefficients: Iterable[Any]) -> list[Any]:
-    """[cA, (cH, cV, cD), ...] as one list."""
-    return [band for group in coefficients for band in (group if isinstance(group, tuple) else (group,))]
+def recompose(size: Size, *bands: Tensor) -> list[Tensor]:
+    height, width = size.shape[-2:]
+    return [waverec2_forward(bands, height, width, Edge.ZERO, 0.5)]
 
 
-def nested(bands: tuple[Any, ...]) -> list[Any]:
-    """The inverse of ``flat``."""
-    return [bands[0], *(bands[i : i + 3] for i in range(1, len(bands), 3))]
+def written(
+    prepare: Callable[[Sequence[Tensor], Sequence[Tensor]], Thunk], device: torch.device, floor: str = "copy_"
+) -> dict[str, Provider]:
+    """This package writing into existing tensors; on a GPU also by each of the two implementations."""
+    available = available_backends() if device.type == "cuda" else ()
+    backends = {"wavedp, out=": "auto"}
+    backends |= {f"wavedp {name}, out=": name for name in ("triton", "cuda") if name in available}
+
+    def provider(backend: str) -> Provider:
+        return Provider(lambda inputs, out: by_backend(backend, prepare(inputs, out)), floor=floor, writes_out=True)
+
+    return {name: provider(backend) for name, backend in backends.items()}
 
 
-def pywavelets(function: Callable[..., list[Any]]) -> Function:
-    """A function of NumPy arrays as one of tensors, which share their memory."""
-    return lambda *tensors: [torch.from_numpy(array) for array in function(*(t.numpy() for t in tensors))]
+def analysis(level: int, size: Size, device: torch.device) -> Mapping[str, Provider]:
+    def fresh(transform: Transform) -> Provider:
+        return Provider(lambda inputs, out: partial(transform.forward, inputs[0]), transform.unpack)
+
+    ours = written(lambda inputs, out: partial(wavedp.wavedec2, inputs[0], level, out=nested(out)), device)
+    return ours | {name: fresh(transform) for name, transform in transforms(level, size, device).items()}
 
 
-def by_backend(backend: str, function: Function) -> Function:
-    def call(*inputs: Tensor) -> Any:
-        with use_backend(backend):
-            return function(*inputs)
+def synthesis(level: int, size: Size, device: torch.device) -> Mapping[str, Provider]:
+    def fresh(transform: Transform) -> Provider:
+        return Provider(
+            lambda bands, out: partial(transform.inverse, transform.pack(bands)), lambda x: [transform.image(x)]
+        )
 
-    return call
-
-
-def images(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    generator = torch.Generator(device).manual_seed(0)
-    return (torch.randn(shape, generator=generator, device=device).to(dtype),)
+    ours = written(lambda bands, out: partial(wavedp.waverec2, nested(bands), out=out[0]), device)
+    return ours | {name: fresh(transform) for name, transform in transforms(level, size, device).items()}
 
 
-def coefficients(level: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(band.contiguous() for band in decompose(*images(shape, dtype, device), level))
+def analysis_backward(level: int, size: Size, device: torch.device) -> Mapping[str, Provider]:
+    """From the gradients of the bands to that of the image."""
+    image = torch.zeros(size.shape, dtype=size.dtype, device=device)  # one for all: it is not read
+
+    def backward(transform: Transform) -> Provider:
+        def prepare(grads: Sequence[Tensor], out: Sequence[Tensor]) -> Thunk:
+            x = image.detach().requires_grad_()
+            results, given = tree_leaves(transform.forward(x)), tree_leaves(transform.pack(grads))
+            return partial(torch.autograd.grad, results, x, given, retain_graph=True)
+
+        return Provider(prepare)
+
+    return differentiable(backward, level, size, device)
 
 
-def wavelet_case(
-    name: str,
-    ours: Function,
-    plain: Function,
-    pywt_function: Callable[..., list[Any]],
-    inputs: Callable[..., tuple[Tensor, ...]] = images,
-    **rivals: Function,
-) -> Case:
-    def providers(device: torch.device, dtype: torch.dtype) -> dict[str, Function]:
-        usable = [backend for backend in BACKENDS[device.type] if backend in available_backends()]
-        found = {backend: by_backend(backend, ours) for backend in usable} | rivals
-        torch.compiler.reset()
-        found["torch.compile"] = torch.compile(plain, dynamic=False)
-        if device.type == "cpu" and dtype == torch.float32 and importlib.util.find_spec("pywt"):
-            found["PyWavelets"] = pywavelets(pywt_function)
-        return found
+def synthesis_backward(level: int, size: Size, device: torch.device) -> Mapping[str, Provider]:
+    """From the gradient of the image to those of the bands."""
+    height, width = size.shape[-2:]
+    *finer, coarsest = band_sizes(height, width, level)[1:]
+    shapes = [coarsest, *(shape for shape in [coarsest, *reversed(finer)] for _ in range(3))]
+    bands = [torch.zeros((*size.shape[:-2], *shape), dtype=size.dtype, device=device) for shape in shapes]
 
-    return Case(name, inputs, plain, providers, SHAPES)
+    def backward(transform: Transform) -> Provider:
+        packed, spec = tree_flatten(transform.pack(bands))
+        tensors = [tensor.detach().requires_grad_() for tensor in packed]
 
+        def prepare(inputs: Sequence[Tensor], out: Sequence[Tensor]) -> Thunk:
+            x = transform.inverse(tree_unflatten(tensors, spec))
+            return partial(torch.autograd.grad, x, tensors, inputs[0], retain_graph=True)
 
-def pywt_wavedec2(level: int, x: Any) -> list[Any]:
-    import pywt
+        return Provider(prepare, lambda grads: transform.unpack(tree_unflatten(list(grads), spec)))
 
-    return flat(pywt.wavedec2(x, "haar", level=level))
+    return differentiable(backward, level, size, device)
 
 
-def pywt_waverec2(*bands: Any) -> list[Any]:
-    import pywt
+def differentiable(
+    backward: Callable[[Transform], Provider], level: int, size: Size, device: torch.device
+) -> Mapping[str, Provider]:
+    found = transforms(level, size, device)
+    return {name: backward(transform) for name, transform in found.items() if transform.differentiable}
 
-    return [pywt.waverec2(nested(bands), "haar")]
+
+def coarse_band(size: Size, x: Tensor) -> list[Tensor]:
+    """Of bytes too, which come in a wider dtype."""
+    gain, bias = BYTES if size.dtype == torch.uint8 else (1.0, 0.0)
+    return [coarse_forward(x * gain + bias, LEVEL, Edge.REPEAT, 0.5)]
 
 
-def pooled(x: Tensor) -> list[Tensor]:
+def pooled(x: Tensor) -> Tensor:
     """LL of level L is the sum of a block of 2^L x 2^L pixels over 2^L."""
-    return [avg_pool2d(x, 2**LEVEL) * 2**LEVEL]
+    return torch.mul(avg_pool2d(x, 2**LEVEL), 2**LEVEL)
 
 
+def pooled_bytes(x: Tensor) -> Tensor:
+    gain, bias = BYTES
+    return pooled(x.float() * gain + bias)
+
+
+def coarse(size: Size, device: torch.device) -> Mapping[str, Provider]:
+    def fresh(function: Callable[[Tensor], Any]) -> Provider:
+        return Provider(lambda inputs, out: partial(function, inputs[0]), tree_leaves, "sum")
+
+    ours = written(lambda inputs, out: partial(wavedp.coarse, inputs[0], LEVEL, out=out[0]), device, "sum")
+    ours["wavedp"] = fresh(partial(wavedp.coarse, level=LEVEL))
+    if size.ours_only:
+        return ours
+    if size.dtype == torch.uint8:
+        (gain, bias), pool = BYTES, pooled_bytes
+    else:
+        (gain, bias), pool = (1.0, 0.0), pooled
+    eager = partial(coarse_forward, level=LEVEL, edge=Edge.REPEAT, factor=0.5, gain=gain, bias=bias)
+    if is_compiled(size, device):
+        ours["torch.compile"] = fresh(torch.compile(eager, dynamic=False))
+        ours["avg_pool2d, torch.compile"] = fresh(torch.compile(pool, dynamic=False))
+    return ours | {"avg_pool2d": fresh(pool), "eager": fresh(eager)}
+
+
+READ = ("sum", "copy_ of the input")
 CASES = [
-    wavelet_case(
-        "dwt2",
-        ours=lambda x: flat(wavedp.dwt2(x)),
-        plain=partial(decompose, level=1),
-        pywt_function=partial(pywt_wavedec2, 1),
+    *(
+        Case(
+            f"wavedec2-L{level}",
+            images,
+            partial(decompose, level=level),
+            partial(analysis, level),
+            SIZES if level == LEVEL else FLOAT32,
+        )
+        for level in (1, 3, 5)
     ),
-    wavelet_case(
-        "idwt2",
-        ours=lambda *bands: [wavedp.idwt2(tuple(nested(bands)))],
-        plain=recompose,
-        pywt_function=pywt_waverec2,
-        inputs=partial(coefficients, 1),
+    *(
+        Case(
+            f"waverec2-L{level}",
+            partial(bands_of, level),
+            recompose,
+            partial(synthesis, level),
+            SIZES if level == LEVEL else FLOAT32,
+        )
+        for level in (1, 3)
     ),
-    wavelet_case(
-        f"wavedec2-L{LEVEL}",
-        ours=lambda x: flat(wavedp.wavedec2(x, LEVEL)),
-        plain=partial(decompose, level=LEVEL),
-        pywt_function=partial(pywt_wavedec2, LEVEL),
+    *(
+        Case(
+            f"wavedec2_backward-L{level}",
+            partial(bands_of, level),
+            recompose,
+            partial(analysis_backward, level),
+            FLOAT32,
+            floors=("clone",),
+        )
+        for level in (1, 3)
     ),
-    wavelet_case(
-        f"waverec2-L{LEVEL}",
-        ours=lambda *bands: [wavedp.waverec2(nested(bands))],
-        plain=recompose,
-        pywt_function=pywt_waverec2,
-        inputs=partial(coefficients, LEVEL),
+    Case(
+        f"waverec2_backward-L{LEVEL}",
+        images,
+        partial(decompose, level=LEVEL),
+        partial(synthesis_backward, LEVEL),
+        FLOAT32,
+        floors=("clone",),
     ),
-    wavelet_case(
-        f"coarse-L{LEVEL}",
-        ours=lambda x: [wavedp.coarse(x, LEVEL)],
-        plain=pooled,
-        pywt_function=lambda x: pywt_wavedec2(LEVEL, x)[:1],
-        avg_pool2d=pooled,
-    ),
+    Case(f"coarse-L{LEVEL}", images, coarse_band, coarse, SIZES, READ),
+    Case(f"coarse_uint8-L{LEVEL}", images, coarse_band, coarse, UINT8, READ),
 ]

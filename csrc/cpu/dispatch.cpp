@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Chooses the widest instruction set of this CPU and divides the rows among threads. Threads live for one
-// call: a pool would not survive fork().
+// Chooses the widest instruction set of this CPU and divides the units of work among threads. Threads live
+// for one call: a pool would not survive fork().
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <system_error>
-#include <thread>
+#include <exception>
 #include <vector>
 
-#include "rows.h"
+#include "team.h"
+#include "units.h"
 
-WAVEDP_DECLARE_ROWS(baseline)
+WAVEDP_DECLARE_UNITS(baseline)
 #ifdef WAVEDP_X86
-WAVEDP_DECLARE_ROWS(avx2)
-WAVEDP_DECLARE_ROWS(avx512)
+WAVEDP_DECLARE_UNITS(avx2)
+WAVEDP_DECLARE_UNITS(avx512)
 #endif
 
 namespace wavedp {
@@ -22,8 +22,10 @@ namespace {
 struct Isa {
   const char* name;
   bool (*supported)();
-  void (*dwt2_rows)(const Dwt2&, int64_t, int64_t);
-  void (*idwt2_rows)(const Idwt2&, int64_t, int64_t);
+  void (*wavedec2)(const Wavedec2&, int64_t, int64_t);
+  void (*waverec2)(const Waverec2&, int64_t, int64_t);
+  void (*wavelet_tokens)(const WaveletTokens&, void*, int64_t, int64_t);
+  void (*wavelet_untokens)(const WaveletUntokens&, int64_t, int64_t);
 };
 
 #ifdef WAVEDP_X86
@@ -35,12 +37,15 @@ bool has_avx512() {
 bool has_avx2() { return __builtin_cpu_supports("avx2"); }
 #endif
 
+#define WAVEDP_UNITS(isa) \
+  isa::wavedec2_units, isa::waverec2_units, isa::wavelet_tokens_units, isa::wavelet_untokens_units
+
 const Isa kIsas[] = {// widest first
 #ifdef WAVEDP_X86
-                     {"avx512", has_avx512, avx512::dwt2_rows, avx512::idwt2_rows},
-                     {"avx2", has_avx2, avx2::dwt2_rows, avx2::idwt2_rows},
+                     {"avx512", has_avx512, WAVEDP_UNITS(avx512)},
+                     {"avx2", has_avx2, WAVEDP_UNITS(avx2)},
 #endif
-                     {"baseline", [] { return true; }, baseline::dwt2_rows, baseline::idwt2_rows}};
+                     {"baseline", [] { return true; }, WAVEDP_UNITS(baseline)}};
 
 const Isa* widest() {
   return std::find_if(std::begin(kIsas), std::end(kIsas), [](const Isa& isa) { return isa.supported(); });
@@ -54,28 +59,65 @@ const Isa& chosen() {
   return *isa;
 }
 
-// Starting and joining a thread was measured at 30 us, in which a core with AVX-512 transforms this many
-// float32 samples that lie in its cache.
-constexpr int64_t kSamplesPerThread = 1 << 18;
+// What a core transforms in several times the 5 us that it costs to set a thread of a pool to work.
+constexpr int64_t kSamplesPerPart = 1 << 17;
+// Parts of a thread, so that one that is held up leaves the rest to others.
+constexpr int64_t kPartsPerThread = 4;
 
-template <class Job>
-void for_rows(const Job& job, int threads, void (*run)(const Job&, int64_t, int64_t)) {
-  if (job.n == 0 || job.height == 0 || job.width == 0) return;
-  const int64_t rows = job.n * band_length(job.height);
-  const int64_t worth = rows * band_length(job.width) * kBands / kSamplesPerThread;
-  const int64_t parts = std::max<int64_t>(1, std::min({static_cast<int64_t>(threads), worth, rows}));
-  const auto bound = [&](int64_t part) { return rows / parts * part + std::min(part, rows % parts); };
+// Runs run(begin, end) over all units. What a part throws is thrown here once all have ended.
+template <class Run>
+void divide(int64_t units, int64_t samples, int threads, const Run& run) {
+  if (units == 0 || samples == 0) return;
+  const int64_t most = threads > 1 ? threads * kPartsPerThread : 1;
+  const int64_t parts = std::max<int64_t>(1, std::min({most, samples / kSamplesPerPart, units}));
+  if (parts == 1) return run(int64_t(0), units);
 
-  std::vector<std::thread> team;
-  team.reserve(parts - 1);
-  int64_t part = 0;
-  try {
-    for (; part < parts - 1; ++part) team.emplace_back(run, std::cref(job), bound(part), bound(part + 1));
-  } catch (const std::system_error&) {
-    // No thread to be had: the rows not yet given away are done below.
+  struct Job {
+    const Run& run;
+    int64_t units, parts;
+    std::vector<std::exception_ptr> thrown;
+
+    int64_t bound(int64_t part) const { return units / parts * part + std::min(part, units % parts); }
+    static void work(void* self, int64_t part) {
+      Job& job = *static_cast<Job*>(self);
+      try {
+        job.run(job.bound(part), job.bound(part + 1));
+      } catch (...) {
+        job.thrown[part] = std::current_exception();
+      }
+    }
+  } job{run, units, parts, std::vector<std::exception_ptr>(parts)};
+  run_in_team(parts, threads, Job::work, &job);
+  for (const std::exception_ptr& error : job.thrown) {
+    if (error) std::rethrow_exception(error);
   }
-  run(job, bound(part), rows);
-  for (std::thread& member : team) member.join();
+}
+
+// Sums of the rows of the grid, in their order, so that the number of threads does not show.
+template <class Real>
+void add_up(const WaveletTokens& job, const Real* partial) {
+  const int64_t channels = job.images.inner, bands = 3 * job.levels + 1;
+  Real* energies = static_cast<Real*>(job.energies);
+  for (int64_t batch = 0; batch < job.images.outer; ++batch) {
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      for (int64_t b = 0; b < bands; ++b) {
+        Real sum = 0;
+        for (int64_t i = 0; i < job.grid_h; ++i) {
+          sum += partial[((batch * job.grid_h + i) * channels + channel) * bands + b];
+        }
+        // LL of all channels, then LH, HL and HH of all channels of each level.
+        energies[batch * channels * bands + b * channels + channel] = sum;
+      }
+    }
+  }
+}
+
+template <class Real>
+void tokens_with_energies(const WaveletTokens& job, int threads) {
+  std::vector<Real> partial(unit_count(job) * (3 * job.levels + 1));
+  divide(unit_count(job), sample_count(job), threads,
+         [&](int64_t begin, int64_t end) { chosen().wavelet_tokens(job, partial.data(), begin, end); });
+  add_up(job, partial.data());
 }
 
 }  // namespace
@@ -92,8 +134,28 @@ bool set_cpu_isa(const char* name) {
   return false;
 }
 
-void wavedp_dwt2_cpu(const Dwt2& job, int threads) { for_rows(job, threads, chosen().dwt2_rows); }
+void wavedec2_cpu(const Wavedec2& job, int threads) {
+  divide(unit_count(job), sample_count(job), threads,
+         [&](int64_t begin, int64_t end) { chosen().wavedec2(job, begin, end); });
+}
 
-void wavedp_idwt2_cpu(const Idwt2& job, int threads) { for_rows(job, threads, chosen().idwt2_rows); }
+void waverec2_cpu(const Waverec2& job, int threads) {
+  divide(unit_count(job), sample_count(job), threads,
+         [&](int64_t begin, int64_t end) { chosen().waverec2(job, begin, end); });
+}
+
+void wavelet_tokens_cpu(const WaveletTokens& job, int threads) {
+  if (job.energies) {
+    return job.token_dtype == DType::kFloat64 ? tokens_with_energies<double>(job, threads)
+                                              : tokens_with_energies<float>(job, threads);
+  }
+  divide(unit_count(job), sample_count(job), threads,
+         [&](int64_t begin, int64_t end) { chosen().wavelet_tokens(job, nullptr, begin, end); });
+}
+
+void wavelet_untokens_cpu(const WaveletUntokens& job, int threads) {
+  divide(unit_count(job), sample_count(job), threads,
+         [&](int64_t begin, int64_t end) { chosen().wavelet_untokens(job, begin, end); });
+}
 
 }  // namespace wavedp

@@ -1,265 +1,167 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Haar transform's loops over rows, written for the compiler to vectorise. Compiled once for each
-// instruction set with WAVEDP_ISA as its namespace; nothing else here is visible outside the object.
-#include <cstring>
-#include <type_traits>
+// The transform to bands and back. Compiled once for each instruction set with WAVEDP_ISA as its namespace.
+#include "analysis.h"
+#include "synthesis.h"
+#include "units.h"
 
-#include "../haar.h"
-#include "rows.h"
-
-WAVEDP_DECLARE_ROWS(WAVEDP_ISA)
+WAVEDP_DECLARE_UNITS(WAVEDP_ISA)
 
 namespace wavedp::WAVEDP_ISA {
 namespace {
 
-constexpr int64_t kTile = 512;  // cells: the buffers of a tile stay in the first-level cache
+// Rows of bands in memory, or rows of scratch that are rounded into it.
+template <class Real, bool kWithDetails>
+class BandsSink {
+ public:
+  static constexpr bool kDetails = kWithDetails;
 
-struct Float32 {
-  using Storage = float;
-  using Real = float;
-  static Real load(Storage x) { return x; }
-  static Storage store(Real x) { return x; }
+  explicit BandsSink(const Wavedec2& job)
+      : job_(job),
+        size_(job.levels, job.images.height, job.images.width),
+        in_place_(job.band_dtype == kNative<Real>),
+        scratch_(4 * Scratch<Real>::room(size_.width[1])) {
+    for (Real*& row : rows_) row = scratch_.take(size_.width[1]);
+    const bool large = sample_count(job) * size_of(job.band_dtype) >= kStreamedBytes;
+    for (int k = 1; k <= job.levels; ++k) {
+      stream_[k] = large && kDetails;
+      const int first = k == job.levels ? 0 : detail_index(job.levels, k);
+      for (int b = first; b < detail_index(job.levels, k) + 3; ++b) {
+        stream_[k] = stream_[k] && on_lines(job.bands[b], size_.width[k] * size_of(job.band_dtype));
+      }
+    }
+  }
+
+  void select(int64_t n) { n_ = n; }
+
+  LevelRows<Real> rows(int k, int64_t r) {
+    LevelRows<Real> to{rows_[0], {rows_[1], rows_[2], rows_[3]}, false};
+    if (!in_place_) return to;
+    if (k == job_.levels) to.low = static_cast<Real*>(row(0, k, r));
+    if constexpr (kDetails) {
+      const int b = detail_index(job_.levels, k);
+      to.details = {static_cast<Real*>(row(b, k, r)), static_cast<Real*>(row(b + 1, k, r)),
+                    static_cast<Real*>(row(b + 2, k, r))};
+    }
+    to.stream = stream_[k];
+    return to;
+  }
+
+  static constexpr bool takes_pairs() { return false; }
+  void pair(const Real*, int64_t, int64_t, Real*, Real*) {}
+
+  void done(int k, int64_t r) {
+    if (in_place_) return;
+    if (k == job_.levels) narrow_row(job_.band_dtype, rows_[0], size_.width[k], row(0, k, r), stream_[k]);
+    for (int b = 0; kDetails && b < 3; ++b) {
+      void* target = row(detail_index(job_.levels, k) + b, k, r);
+      narrow_row(job_.band_dtype, rows_[b + 1], size_.width[k], target, stream_[k]);
+    }
+  }
+
+ private:
+  void* row(int b, int k, int64_t r) const {
+    return address_of(job_.bands[b], job_.band_dtype, (n_ * size_.height[k] + r) * size_.width[k]);
+  }
+
+  const Wavedec2& job_;
+  const Pyramid size_;
+  const bool in_place_;
+  Scratch<Real> scratch_;
+  Real* rows_[4];
+  bool stream_[kMaxLevels + 1];
+  int64_t n_ = 0;
 };
 
-struct Float64 {
-  using Storage = double;
-  using Real = double;
-  static Real load(Storage x) { return x; }
-  static Storage store(Real x) { return x; }
-};
-
-inline int32_t bits_of(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
+template <class Real, bool kDetails>
+void analyse_units(const Wavedec2& job, int64_t begin, int64_t end) {
+  const Images& images = job.images;
+  BandsSink<Real, kDetails> sink(job);
+  Analysis<Real, BandsSink<Real, kDetails>> analysis(images, job.levels, job.edge,
+                                                     static_cast<Real>(job.factor), sink);
+  const int64_t rows = level_rows(images.height, job.levels);
+  // Channels that lie side by side are read one right after the other, while their lines are in the cache.
+  const bool interleaved = images.stride_inner < images.stride_w;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t outer = unit / (rows * images.inner), rest = unit % (rows * images.inner);
+    const int64_t inner = interleaved ? rest % images.inner : rest / rows;
+    sink.select(outer * images.inner + inner);
+    analysis.run(outer, inner, interleaved ? rest / images.inner : rest % rows);
+  }
+  fence();
 }
 
-inline float float_of(int32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-struct BFloat16 {
-  using Storage = uint16_t;
-  using Real = float;
-
-  static Real load(Storage x) { return float_of(static_cast<int32_t>(static_cast<uint32_t>(x) << 16)); }
-
-  static Storage store(Real x) {
-    const uint32_t bits = static_cast<uint32_t>(bits_of(x));
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t quiet_nan = (bits >> 16) | 0x40u;
-    return static_cast<Storage>((bits_of(x) & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded);
-  }
-};
-
-// By integer arithmetic, which vectorises on every instruction set and heeds no flush-to-zero mode.
-struct Float16 {
-  using Storage = uint16_t;
-  using Real = float;
-
-  static Real load(Storage x) {
-    const int32_t magnitude = (x & 0x7fff) << 13;
-    const int32_t smallest_normal = 0x0400 << 13, infinity = 0x7c00 << 13;
-    const int32_t rebias = (127 - 15) << 23;
-    // A subnormal's bits, read as the mantissa under 2^-14, are 2^-14 too large.
-    const float subnormal = float_of(magnitude + rebias + (1 << 23)) - float_of(rebias + (1 << 23));
-    const int32_t normal = magnitude + rebias + (magnitude >= infinity ? rebias : 0);
-    const int32_t bits = magnitude < smallest_normal ? bits_of(subnormal) : normal;
-    return float_of(bits | static_cast<int32_t>(static_cast<uint32_t>(x & 0x8000) << 16));
-  }
-
-  static Storage store(Real x) {
-    const int32_t bits = bits_of(x);
-    const int32_t magnitude = bits & 0x7fffffff;
-    const int32_t infinity = 0x7f800000, overflow = (127 + 16) << 23, smallest_normal = (127 - 14) << 23;
-    const int32_t rebias = (127 - 15) << 23;
-    // Adding 2^-1 rounds a subnormal to units of 2^-24, its last place.
-    const int32_t half = (127 - 1) << 23;
-    const int32_t subnormal = bits_of(float_of(magnitude) + float_of(half)) - half;
-    const int32_t normal = (magnitude - rebias + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    const int32_t special = magnitude > infinity ? 0x7e00 : 0x7c00;
-    const int32_t finite = magnitude < smallest_normal ? subnormal : normal;
-    return static_cast<Storage>((magnitude >= overflow ? special : finite) | ((bits >> 16) & 0x8000));
-  }
-};
-
-template <class Element>
-constexpr bool kNative = std::is_same_v<typename Element::Storage, typename Element::Real>;
-
-// `count` samples as numbers to compute with: in place where they are that already, else in `buffer`.
-template <class Element, class Real = typename Element::Real>
-const Real* widened(const typename Element::Storage* source, int64_t stride, int64_t count, Real* buffer) {
-  if (stride == 1) {
-    if constexpr (kNative<Element>) return source;
-    for (int64_t k = 0; k < count; ++k) buffer[k] = Element::load(source[k]);
+template <class Real>
+void analyse_units(const Wavedec2& job, int64_t begin, int64_t end) {
+  if (job.bands[1]) {
+    analyse_units<Real, true>(job, begin, end);
   } else {
-    for (int64_t k = 0; k < count; ++k) buffer[k] = Element::load(source[k * stride]);
-  }
-  return buffer;
-}
-
-// Where to compute `count` numbers that belong in `target`, and the step that takes them there.
-template <class Element, class Real = typename Element::Real>
-Real* staged(typename Element::Storage* target, Real* buffer) {
-  if constexpr (kNative<Element>) {
-    return target;
-  } else {
-    return buffer;
-  }
-}
-
-template <class Element, class Real = typename Element::Real>
-void narrow(const Real* __restrict buffer, int64_t count, typename Element::Storage* __restrict target) {
-  if constexpr (!kNative<Element>) {
-    for (int64_t k = 0; k < count; ++k) target[k] = Element::store(buffer[k]);
+    analyse_units<Real, false>(job, begin, end);
   }
 }
 
 template <class Real>
-void analyse_tile(const Real* __restrict top, const Real* __restrict bottom, int64_t cells,
-                  Real* __restrict ll, Real* __restrict lh, Real* __restrict hl, Real* __restrict hh) {
-  for (int64_t j = 0; j < cells; ++j) {
-    const Bands<Real> y = analyse(Block<Real>{top[2 * j], top[2 * j + 1], bottom[2 * j], bottom[2 * j + 1]});
-    ll[j] = y.ll;
-    lh[j] = y.lh;
-    hl[j] = y.hl;
-    hh[j] = y.hh;
+class BandsSource {
+ public:
+  explicit BandsSource(const Waverec2& job)
+      : job_(job),
+        size_(job.levels, job.height, job.width),
+        in_place_(job.dtype == kNative<Real>),
+        scratch_(5 * Scratch<Real>::room(size_.width[1])) {
+    for (Real*& row : rows_) row = scratch_.take(size_.width[1]);
+    zeros_ = scratch_.take(size_.width[1]);
+    std::memset(zeros_, 0, size_.width[1] * sizeof(Real));
   }
-}
+
+  void select(int64_t n) { n_ = n; }
+  static constexpr bool takes_pairs() { return false; }
+  void pair(int64_t, const Real*, const Real*, Real*, int64_t, bool) {}
+  const Real* low(int64_t r) { return row(0, job_.levels, r, rows_[0]); }
+  DetailRows<const Real> details(int k, int64_t r) {
+    const int b = detail_index(job_.levels, k);
+    return {row(b, k, r, rows_[1]), row(b + 1, k, r, rows_[2]), row(b + 2, k, r, rows_[3])};
+  }
+
+ private:
+  const Real* row(int b, int k, int64_t r, Real* scratch) const {
+    if (!job_.bands[b]) return zeros_;
+    const void* source = address_of(job_.bands[b], job_.dtype, (n_ * size_.height[k] + r) * size_.width[k]);
+    if (in_place_) return static_cast<const Real*>(source);
+    widen_row(job_.dtype, source, 1, size_.width[k], Real(1), Real(0), scratch);
+    return scratch;
+  }
+
+  const Waverec2& job_;
+  const Pyramid size_;
+  const bool in_place_;
+  Scratch<Real> scratch_;
+  Real *rows_[4], *zeros_;
+  int64_t n_ = 0;
+};
 
 template <class Real>
-void synthesise_tile(const Real* __restrict ll, const Real* __restrict lh, const Real* __restrict hl,
-                     const Real* __restrict hh, int64_t cells, Real* __restrict top,
-                     Real* __restrict bottom) {
-  for (int64_t j = 0; j < cells; ++j) {
-    const Block<Real> x = synthesise(Bands<Real>{ll[j], lh[j], hl[j], hh[j]});
-    top[2 * j] = x.a;
-    top[2 * j + 1] = x.b;
-    bottom[2 * j] = x.c;
-    bottom[2 * j + 1] = x.d;
+void synthesise_units(const Waverec2& job, int64_t begin, int64_t end) {
+  BandsSource<Real> source(job);
+  const bool large = sample_count(job) * size_of(job.dtype) >= kStreamedBytes;
+  Synthesis<Real, BandsSource<Real>> synthesis(job.x, job.dtype, job.height, job.width, job.levels, job.edge,
+                                               static_cast<Real>(job.factor), large, source);
+  const int64_t rows = level_rows(job.height, job.levels);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    source.select(unit / rows);
+    synthesis.run(unit / rows, unit % rows);
   }
-}
-
-template <class Element>
-void dwt2_loop(const Dwt2& job, int64_t begin, int64_t end) {
-  using Storage = typename Element::Storage;
-  using Real = typename Element::Real;
-  const int64_t rows = band_length(job.height), columns = band_length(job.width);
-  const int64_t plane = job.n * rows * columns;
-  alignas(64) Real input[2][2 * kTile], output[kBands][kTile];
-
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t i = row % rows;
-    const Storage* image = static_cast<const Storage*>(job.x) + row / rows * job.stride_n;
-    Storage* target = static_cast<Storage*>(job.bands) + row * columns;
-    const Storage* top = image + 2 * i * job.stride_h;
-    const Storage* bottom = top + job.stride_h;
-    const int64_t whole = 2 * i + 1 < job.height ? job.width / 2 : 0;  // cells with four real samples
-
-    for (int64_t j = 0; j < whole; j += kTile) {
-      const int64_t cells = whole - j < kTile ? whole - j : kTile;
-      const int64_t offset = 2 * j * job.stride_w;
-      Real* staging[kBands];
-      for (int b = 0; b < kBands; ++b) staging[b] = staged<Element>(target + b * plane + j, output[b]);
-      analyse_tile(widened<Element>(top + offset, job.stride_w, 2 * cells, input[0]),
-                   widened<Element>(bottom + offset, job.stride_w, 2 * cells, input[1]), cells, staging[kLL],
-                   staging[kLH], staging[kHL], staging[kHH]);
-      for (int b = 0; b < kBands; ++b) narrow<Element>(output[b], cells, target + b * plane + j);
-    }
-    const auto sample = [&](int64_t r, int64_t c) {
-      return Element::load(image[r * job.stride_h + c * job.stride_w]);
-    };
-    for (int64_t j = whole; j < columns; ++j) {
-      const Bands<Real> y = analyse_extended<Real>(job, i, j, sample);
-      target[j] = Element::store(y.ll);
-      target[plane + j] = Element::store(y.lh);
-      target[2 * plane + j] = Element::store(y.hl);
-      target[3 * plane + j] = Element::store(y.hh);
-    }
-  }
-}
-
-template <class Element>
-void idwt2_loop(const Idwt2& job, int64_t begin, int64_t end) {
-  using Storage = typename Element::Storage;
-  using Real = typename Element::Real;
-  const int64_t rows = band_length(job.height), columns = band_length(job.width);
-  const int64_t pairs = job.width / 2;
-  alignas(64) Real input[kBands][kTile], output[2][2 * kTile];
-  alignas(64) static const Real zeros[kTile] = {};
-
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t i = row % rows;
-    const int64_t first_row = row - i;
-    Storage* image = static_cast<Storage*>(job.x) + row / rows * job.height * job.width;
-    Storage* top = image + 2 * i * job.width;
-    Storage* bottom = top + job.width;
-    const int64_t real_rows = 2 * i + 1 < job.height ? 2 : 1;
-
-    const auto load = [&](int b, int64_t k) {
-      return job.bands[b] ? Element::load(static_cast<const Storage*>(job.bands[b])[k]) : Real(0);
-    };
-    const auto cell = [&](int64_t r, int64_t j) {
-      const int64_t k = (first_row + r) * columns + j;
-      return Bands<Real>{load(kLL, k), load(kLH, k), load(kHL, k), load(kHH, k)};
-    };
-    const auto fold = [&](int64_t r, int64_t c) {
-      image[r * job.width + c] = Element::store(folded_pixel<Real>(job, r, c, cell));
-    };
-
-    for (int64_t j = 0; real_rows == 2 && j < pairs; j += kTile) {
-      const int64_t cells = pairs - j < kTile ? pairs - j : kTile;
-      const Real* source[kBands];
-      for (int b = 0; b < kBands; ++b) {
-        const Storage* band = static_cast<const Storage*>(job.bands[b]);
-        source[b] = band ? widened<Element>(band + row * columns + j, 1, cells, input[b]) : zeros;
-      }
-      synthesise_tile(source[kLL], source[kLH], source[kHL], source[kHH], cells,
-                      staged<Element>(top + 2 * j, output[0]), staged<Element>(bottom + 2 * j, output[1]));
-      narrow<Element>(output[0], 2 * cells, top + 2 * j);
-      narrow<Element>(output[1], 2 * cells, bottom + 2 * j);
-    }
-    for (int64_t r = 2 * i; r < 2 * i + real_rows; ++r) {
-      const bool whole_row = real_rows == 1 || fold_weight(job.edge, job.height, r) != 0;
-      if (whole_row) {
-        for (int64_t c = 0; c < job.width; ++c) fold(r, c);
-      } else if (job.width % 2 == 1) {
-        const Taps taps = virtual_taps(job.edge, job.width);
-        fold(r, job.width - 1);
-        for (int t = 0; t < taps.count; ++t) fold(r, taps.index[t]);
-      }
-    }
-  }
+  fence();
 }
 
 }  // namespace
 
-void dwt2_rows(const Dwt2& job, int64_t begin, int64_t end) {
-  switch (job.dtype) {
-    case DType::kFloat32:
-      return dwt2_loop<Float32>(job, begin, end);
-    case DType::kFloat64:
-      return dwt2_loop<Float64>(job, begin, end);
-    case DType::kBFloat16:
-      return dwt2_loop<BFloat16>(job, begin, end);
-    case DType::kFloat16:
-      return dwt2_loop<Float16>(job, begin, end);
-  }
+void wavedec2_units(const Wavedec2& job, int64_t begin, int64_t end) {
+  job.band_dtype == DType::kFloat64 ? analyse_units<double>(job, begin, end)
+                                    : analyse_units<float>(job, begin, end);
 }
 
-void idwt2_rows(const Idwt2& job, int64_t begin, int64_t end) {
-  switch (job.dtype) {
-    case DType::kFloat32:
-      return idwt2_loop<Float32>(job, begin, end);
-    case DType::kFloat64:
-      return idwt2_loop<Float64>(job, begin, end);
-    case DType::kBFloat16:
-      return idwt2_loop<BFloat16>(job, begin, end);
-    case DType::kFloat16:
-      return idwt2_loop<Float16>(job, begin, end);
-  }
+void waverec2_units(const Waverec2& job, int64_t begin, int64_t end) {
+  job.dtype == DType::kFloat64 ? synthesise_units<double>(job, begin, end)
+                               : synthesise_units<float>(job, begin, end);
 }
 
 }  // namespace wavedp::WAVEDP_ISA

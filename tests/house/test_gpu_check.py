@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from wavedp.benchmarks.run import chosen_cases
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -62,10 +64,13 @@ def test_a_failing_phase_stops_no_other_and_decides_the_status(tmp_path: Path) -
     assert done.returncode == 7
     assert {path.name for path in out.iterdir()} == {"build.log", "tests.log", "bench.log", "summary.txt"}
     assert (out / "build.log").read_text() == "building for 90\n"
-    assert (out / "bench.log").read_text() == f"benchmarks/run.py --device cuda --out {out}\n"
+    command = (out / "bench.log").read_text().split()
+    assert command[:2] == ["benchmarks/run.py", "wavelet"]
+    assert chosen_cases(command[1], command[2:-4])["wavelet"]
+    assert command[-4:] == ["--device", "cuda", "--out", str(out)]
     table = [line.split(maxsplit=3) for line in (out / "summary.txt").read_text().splitlines()[-3:]]
     assert [(row[0], row[2], row[3]) for row in table] == [
         ("build", "120", "failed with status 7"),
         ("tests", "240", "failed with status 1"),
-        ("bench", "120", "passed"),
+        ("bench", "180", "passed"),
     ]

@@ -16,23 +16,28 @@ ROOT = Path(__file__).parents[2]
 # layer: the layers it may import, lazily or not. Arrows point right and down; a layer may skip to anything
 # further along, except past `ops`, which alone chooses between kernels, the native library and the reference.
 #
-#   cli -> training -> {data, models, superres, privacy} -> functional -> ops -> {kernels, native, reference}
+#   cli -> {training, benchmarks}
+#   training -> {data, models, superres, privacy} -> functional -> ops -> {kernels, native, reference}
 #   pipeline -> {models, superres}
+#   compat (other libraries' names) -> functional
 #   storage (files on disk) and extras (optional packages) stand beside the parts and import nothing of wavedp
 PARTS = {"data", "models", "superres", "privacy", "storage", "extras"}
 ARROWS: dict[str, set[str]] = {
-    "wavedp": {"functional", "ops", "pipeline"} | PARTS,  # the public face, wavedp/__init__.py
+    "wavedp": {"functional", "ops", "pipeline", "compat"} | PARTS,  # the public face, wavedp/__init__.py
     "__main__": {"cli"},
-    "cli": {"wavedp", "training", "pipeline", "functional"} | PARTS,
+    "cli": {"wavedp", "training", "pipeline", "functional", "benchmarks"} | PARTS,
+    "benchmarks": {"wavedp", "functional", "ops", "reference", "kernels"},  # measures what lies under functional too
     "training": {"wavedp", "pipeline", "functional"} | PARTS,
     "pipeline": {"models", "superres", "storage", "functional"},
     "data": {"storage", "extras", "functional"},
     "models": {"storage", "extras", "functional"},
     "superres": {"storage", "extras", "functional"},
     "privacy": {"storage", "extras", "functional"},
+    "compat": {"functional"},
     "storage": set(),
     "extras": set(),
-    "functional": {"ops"},
+    "functional": {"ops", "tokens"},
+    "tokens": {"ops"},  # the token functions of functional
     "ops": {"kernels", "native", "reference"},
     "reference": set(),
     "kernels": set(),
@@ -41,15 +46,18 @@ NATIVE = {"_csrc", "_csrc_cuda"}
 
 # Third-party packages at module level. Everything else is imported inside the function that uses it.
 EAGER = {"torch", "numpy", "safetensors", "typing_extensions"}  # the last is a requirement of torch
-EAGER_IN = {"kernels": {"torch", "numpy", "triton"}}
+EAGER_IN = {"kernels": {"torch", "numpy", "triton"}, "benchmarks": {"torch", "numpy", "pytest"}}
 # Third-party packages that may be imported inside a function, and by which layers.
 LAZY = {
-    "triton": {"ops"},
+    "triton": {"ops", "benchmarks"},
     "tqdm": {"cli", "training", "data", "privacy", "superres", "models", "pipeline"},
     "dp_accounting": {"privacy"},
     "scipy": {"privacy", "data", "training"},
     "PIL": {"cli", "training", "data", "superres", "pipeline"},
-    "matplotlib": {"cli", "training", "data"},  # data: the fonts it ships
+    "matplotlib": {"cli", "training", "data", "benchmarks"},  # data: the fonts it ships
+    "pywt": {"benchmarks"},
+    "ptwt": {"benchmarks"},
+    "pytorch_wavelets": {"benchmarks"},
     "sklearn": {"data", "training"},
     "HersheyFonts": {"data"},
     "datasets": {"data"},
@@ -93,7 +101,7 @@ def imports_of(source: str, package: str) -> Iterator[Import]:
 
 
 def modules(root: Path) -> Iterator[tuple[Path, str, str]]:
-    """(file, layer, package) of every Python module under wavedp/ and kernels/."""
+    """(file, layer, package) of every Python module under wavedp/, kernels/ and benchmarks/."""
     for file in sorted((root / "wavedp").rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
         package = ".".join(parts[:-1])
@@ -101,6 +109,8 @@ def modules(root: Path) -> Iterator[tuple[Path, str, str]]:
         yield file, layer, package
     for file in sorted((root / "kernels").rglob("*.py")):
         yield file, "kernels", "wavedp.kernels"
+    for file in sorted((root / "benchmarks").rglob("*.py")):
+        yield file, "benchmarks", ".".join(("wavedp", *file.relative_to(root).parent.parts))
 
 
 def layer_imported(name: str) -> str:
@@ -168,6 +178,9 @@ def test_the_arrows_have_no_cycle() -> None:
         ("wavedp/extra/a.py", "", "has no place in the table"),
         ("kernels/a.py", "import wavedp.ops", "kernels may not import ops"),
         ("kernels/a.py", "import safetensors", "kernels may not import safetensors"),
+        ("benchmarks/cases/a.py", "from wavedp import privacy", "benchmarks may not import privacy"),
+        ("benchmarks/a.py", "import ptwt", "ptwt is imported at module level"),
+        ("wavedp/models/a.py", "import wavedp.benchmarks", "models may not import benchmarks"),
     ],
 )
 def test_a_planted_import_is_found(tmp_path: Path, file: str, source: str, complaint: str) -> None:
@@ -187,6 +200,8 @@ def test_a_planted_import_is_found(tmp_path: Path, file: str, source: str, compl
         ("wavedp/data/a.py", "if TYPE_CHECKING:\n    from PIL import Image"),
         ("wavedp/__init__.py", "from wavedp.functional import dwt2"),
         ("kernels/a.py", "import torch\nimport triton.language as tl"),
+        ("benchmarks/a.py", "from wavedp.ops import use_backend\ndef f():\n    import pywt"),
+        ("wavedp/cli/bench.py", "from wavedp.benchmarks import run"),
     ],
 )
 def test_an_allowed_import_passes(tmp_path: Path, file: str, source: str) -> None:

@@ -81,9 +81,14 @@ def sources(tree: Path, folder: str, *suffixes: str) -> set[str]:
     return found
 
 
+def beside(tree: Path) -> set[str]:
+    """The modules that lie beside wavedp/ and are installed inside it."""
+    return sources(tree, "kernels", ".py") | sources(tree, "benchmarks", ".py")
+
+
 def test_every_package_is_listed(tree: Path) -> None:
-    folders = {Path(path).parent for path in sources(tree, "wavedp", ".py")}
-    packages = {".".join(folder.parts) for folder in folders} | {"wavedp.kernels"}
+    paths = sources(tree, "wavedp", ".py") | {f"wavedp/{path}" for path in beside(tree)}
+    packages = {".".join(Path(path).parent.parts) for path in paths}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages
 
 
@@ -96,6 +101,7 @@ def test_the_sdist_holds_all_sources(tree: Path, sdist_names: set[str]) -> None:
     wanted = (
         sources(tree, "wavedp", ".py", ".typed")
         | sources(tree, "kernels", ".py", ".json")
+        | sources(tree, "benchmarks", ".py", ".sh")
         | sources(tree, "csrc", ".h", ".cpp", ".cu", ".cuh")
         | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "constraints.txt"}
     )
@@ -105,8 +111,7 @@ def test_the_sdist_holds_all_sources(tree: Path, sdist_names: set[str]) -> None:
 def test_the_wheel_holds_the_package_and_nothing_else(tree: Path, wheel: Path) -> None:
     assert {path.name for path in wheel.iterdir()} == {"wavedp", f"wavedp-{VERSION}.dist-info"}
     files = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*.py")}
-    kernels = {f"wavedp/{name}" for name in sources(tree, "kernels", ".py")}
-    assert files == sources(tree, "wavedp", ".py") | kernels
+    assert files == sources(tree, "wavedp", ".py") | {f"wavedp/{name}" for name in beside(tree)}
     assert (wheel / "wavedp" / "py.typed").is_file()
 
 
@@ -133,6 +138,7 @@ here = pathlib.Path({str(wheel)!r})
 assert here in pathlib.Path(wavedp.__file__).parents, wavedp.__file__
 assert [pathlib.Path(p) for p in wavedp.kernels.__path__] == [here / "wavedp" / "kernels"]
 assert wavedp.__version__ == {VERSION!r}, wavedp.__version__
+assert main(["bench", "wavelet", "small-dwt2", "--quick", "--device", "cpu"]) == 0
 """
     env = {**os.environ, "PYTHONPATH": str(wheel)}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)

@@ -5,7 +5,7 @@ import pytest
 import pywt
 import torch
 
-from wavedp.models.spectra import SpectralLayout, image_to_maps, maps_to_image, patchify, unpatchify
+from wavedp.models.spectra import SpectralLayout, image_to_maps, image_to_tokens, tokens_to_image
 
 
 def test_sit4_at_256_px_has_the_published_maps_and_patches():
@@ -40,21 +40,31 @@ def test_maps_equal_pywavelets():
 def test_a_coarse_image_has_the_coefficients_of_the_full_one(num_scales: int):
     layout = SpectralLayout(image_size=32, channels=1, levels=2, grid=4)
     x = torch.rand(2, 1, 32, 32, dtype=torch.float64)
-    maps = image_to_maps(x, layout)
-    coarse = maps_to_image(maps[:num_scales], layout)
+    maps, tokens = image_to_maps(x, layout), image_to_tokens(x, layout)
+    coarse = tokens_to_image(tokens[:num_scales], layout)
     assert coarse.shape[-1] == layout.resolution(num_scales)
     block = 32 // coarse.shape[-1]
     torch.testing.assert_close(coarse, torch.nn.functional.avg_pool2d(x, block))  # LL / 2^l is the block mean
     for got, want in zip(image_to_maps(coarse, layout), maps[:num_scales], strict=True):
         torch.testing.assert_close(got, want)
+    for got, want in zip(image_to_tokens(coarse, layout), tokens[:num_scales], strict=True):
+        torch.testing.assert_close(got, want)
 
 
-def test_patchify_keeps_a_patch_together_and_inverts():
-    x = torch.arange(2 * 3 * 8 * 8.0).reshape(2, 3, 8, 8)
-    tokens = patchify(x, grid=4)
-    assert tokens.shape == (2, 16, 12)
-    torch.testing.assert_close(tokens[1, 6], x[1, :, 2:4, 4:6].flatten())  # token 6 is row 1, column 2
-    torch.testing.assert_close(unpatchify(tokens, grid=4, channels=3), x)
+def test_a_token_is_a_normalised_patch_of_its_map():
+    layout = SpectralLayout(image_size=16, channels=3, levels=2, grid=2)
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    counts = [layout.map_channels(s) for s in range(layout.num_scales)]
+    mean = [torch.randn(count, dtype=torch.float64) for count in counts]
+    std = [torch.rand(count, dtype=torch.float64) + 0.5 for count in counts]
+    tokens = image_to_tokens(x, layout, mean, std)
+    for s, coefficients in enumerate(image_to_maps(x, layout)):
+        p = layout.patch_size(s)
+        assert tokens[s].shape == (2, 4, layout.token_dim(s))
+        patch = (coefficients[1, :, p:, :p] - mean[s][:, None, None]) / std[s][:, None, None]
+        torch.testing.assert_close(tokens[s][1, 2], patch.flatten())  # token 2 is row 1, column 0
+    torch.testing.assert_close(tokens_to_image(tokens, layout, mean, std), x)
+    assert image_to_tokens(x.half(), layout, mean, std)[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize(

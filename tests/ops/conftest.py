@@ -14,6 +14,8 @@ import torch
 
 from wavedp.ops import use_backend
 
+SHARED = "wavedp.kernels.haar"  # what the kernels have in common, itself kernels
+
 
 def load_fresh_kernels(name: str, interpreted: bool) -> ModuleType:
     """A new copy of ``wavedp.kernels.<name>``, its kernels interpreted or compiled whatever the environment.
@@ -22,14 +24,16 @@ def load_fresh_kernels(name: str, interpreted: bool) -> ModuleType:
     interpreted for every test that follows.
     """
     importlib.import_module("triton.language")
-    spec = importlib.util.find_spec(f"wavedp.kernels.{name}")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
-        spec.loader.exec_module(module)
-    return module
+        for module in dict.fromkeys((SHARED, f"wavedp.kernels.{name}")):
+            spec = importlib.util.find_spec(module)
+            assert spec is not None
+            assert spec.loader is not None
+            fresh = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, module, fresh)
+            spec.loader.exec_module(fresh)
+    return fresh
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ def fresh_kernels() -> Callable[..., ModuleType]:
 
 
 @pytest.fixture(scope="session")
-def interpreted_wavelet_kernels() -> ModuleType:
-    return load_fresh_kernels("wavelet", interpreted=True)
+def interpreted_kernels() -> dict[str, ModuleType]:
+    return {name: load_fresh_kernels(name, interpreted=True) for name in ("wavelet", "wavelet_tokens")}
 
 
 @pytest.fixture(params=TARGETS, ids=str)
@@ -73,8 +77,8 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     chosen: Target = request.param
     with pytest.MonkeyPatch.context() as patch:
         if chosen.interpreted:
-            kernels = request.getfixturevalue("interpreted_wavelet_kernels")
-            patch.setitem(sys.modules, "wavedp.kernels.wavelet", kernels)
+            for name, kernels in request.getfixturevalue("interpreted_kernels").items():
+                patch.setitem(sys.modules, f"wavedp.kernels.{name}", kernels)
         if chosen.isa is not None:
             native = pytest.importorskip("wavedp._csrc", reason="needs the C++ library")
             before = native.isa()

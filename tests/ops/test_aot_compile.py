@@ -1,122 +1,191 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Triton kernel, compiled ahead of time for sm_80, sm_90 and sm_100: no GPU is needed to see that it compiles.
+"""Every launch of a Triton kernel, compiled ahead of time for sm_90, and the main ones for sm_80 and sm_100 too: no GPU
+is needed to see that they compile, how wide their accesses are and that 2^31 elements are not too many.
 
-A new kernel gets a line in ``REGISTRY``; a test fails until it has one.
+A new kernel gets a line in ``benchmarks/launches.py``; a test fails until it has one.
 """
 
 from __future__ import annotations
 
 import pkgutil
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import wavedp.kernels
 
 triton: Any = pytest.importorskip("triton", reason="needs Triton")
 
-CAPABILITIES = (80, 90, 100)
-POINTER_TYPES = ("fp32", "fp64", "bf16", "fp16")
+from wavedp.benchmarks import kernel_report  # noqa: E402
+from wavedp.benchmarks.launches import (  # noqa: E402
+    CAPABILITIES,
+    CASES,
+    GRID,
+    Case,
+    caught_launches,
+    wavedec2,
+    wavelet_tokens,
+    wavelet_untokens,
+    waverec2,
+)
+from wavedp.benchmarks.machine_code import MachineCode, cuobjdump, kernels_of  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel with the types and the specialisation that a launch would give it."""
-
-    module: str
-    kernel: str
-    dtype: str  # of what the pointers point to
-    constants: dict[str, Any] = field(default_factory=dict)  # constexpr arguments, and those specialised to 1 or None
-    divisible_by_16: tuple[str, ...] = ()  # arguments known to be so
-    num_warps: int = 1
-
-    def __str__(self) -> str:
-        constants = "-".join(f"{name}{value}" for name, value in self.constants.items())
-        return f"{self.kernel.strip('_')}-{self.dtype}-{constants}"
-
-
-TILE = {"BLOCK_H": 1, "BLOCK_W": 128}
-LARGE_IMAGE = ("x_ptr", "bands_ptr", "stride_xn", "stride_xh", "W", "w")
-LARGE_BANDS = ("ll_ptr", "lh_ptr", "hl_ptr", "hh_ptr", "x_ptr", "W", "w")
-ONE_COLUMN = {"W": 1, "w": 1}
-
-
-def dwt2(dtype: str, edge: int, *divisible: str, **constants: Any) -> Variant:
-    return Variant("wavelet", "_dwt2_forward_kernel", dtype, {"EDGE": edge, **TILE, **constants}, divisible)
-
-
-def idwt2(dtype: str, edge: int, *divisible: str, **constants: Any) -> Variant:
-    return Variant("wavelet", "_idwt2_forward_kernel", dtype, {"EDGE": edge, **TILE, **constants}, divisible)
-
-
-REGISTRY = [
-    *(dwt2(dtype, 0, *LARGE_IMAGE, stride_xw=1) for dtype in POINTER_TYPES),
-    *(idwt2(dtype, 0, *LARGE_BANDS) for dtype in POINTER_TYPES),
-    *(dwt2("bf16", edge) for edge in range(1, 6)),
-    *(idwt2("bf16", edge) for edge in range(1, 6)),
-    dwt2("fp32", 5, stride_xn=1, stride_xh=1, stride_xw=1, **ONE_COLUMN),
-    idwt2("fp32", 5, **ONE_COLUMN),
-    idwt2("fp64", 5, lh_ptr=None, hl_ptr=None, hh_ptr=None),
-    idwt2("fp32", 0, ll_ptr=None, hl_ptr=None),
-]
-
-
-def compile_variant(kernels: ModuleType, variant: Variant, capability: int) -> Any:
-    kernel = getattr(kernels, variant.kernel)
-    signature = {name: f"*{variant.dtype}" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
-    signature |= dict.fromkeys(variant.constants, "constexpr")
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible_by_16}
-    source = triton.compiler.ASTSource(kernel, signature, variant.constants, attributes)
-    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": variant.num_warps})
+STEMS = [module.name for module in pkgutil.iter_modules(wavedp.kernels.__path__)]
+IMAGES = (64, 3, 256, 256)
+REPORT = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels.txt"
 
 
 @pytest.fixture(scope="module")
-def compiled_kernels(fresh_kernels: Any) -> dict[str, ModuleType]:
-    names = [module.name for module in pkgutil.iter_modules(wavedp.kernels.__path__)]
-    return {name: fresh_kernels(name, interpreted=False) for name in names}
+def kernels(fresh_kernels: Callable[..., ModuleType]) -> dict[str, ModuleType]:
+    return {stem: fresh_kernels(stem, interpreted=False) for stem in STEMS}
 
 
 @pytest.fixture(autouse=True)
 def _no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)
-@pytest.mark.parametrize("variant", REGISTRY, ids=str)
-def test_compiles(compiled_kernels: dict[str, ModuleType], variant: Variant, capability: int) -> None:
-    compiled = compile_variant(compiled_kernels[variant.module], variant, capability)
-    assert len(compiled.asm["cubin"]) > 0
-    assert f".target sm_{capability}" in compiled.asm["ptx"]
-
-    # An offset of 32 bits overflows at 2^31 elements, and nothing would say so.
-    additions = [line for line in compiled.asm["ttir"].splitlines() if "tt.addptr" in line]
-    assert additions
-    for line in additions:
-        offset_type = line.partition(" loc(")[0].rpartition(",")[2]
-        assert "i64" in offset_type, line
+def machine_code(compiled: Any, capability: int, folder: Path) -> MachineCode:
+    if cuobjdump() is None:
+        pytest.skip("needs cuobjdump")
+    path = folder / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    (code,) = kernels_of(path, capability).values()
+    return code
 
 
-@pytest.mark.parametrize("make", [dwt2, idwt2])
-def test_large_images_move_as_vectors(compiled_kernels: dict[str, ModuleType], make: Any) -> None:
+COMPILED = [(case, capability) for case in CASES for capability in CAPABILITIES if case.main or capability == 90]
+
+
+@pytest.mark.parametrize(
+    ("case", "capability"), COMPILED, ids=[f"{case.name.replace(' ', '-')}-sm_{c}" for case, c in COMPILED]
+)
+def test_compiles(kernels: dict[str, ModuleType], case: Case, capability: int, tmp_path: Path) -> None:
+    launches = case.launches(kernels[case.stem])
+    assert launches
+    for launch in launches:
+        compiled = launch.compile(capability)
+        assert f".target sm_{capability}" in compiled.asm["ptx"]
+
+        # An offset of 32 bits overflows at 2^31 elements, and nothing would say so.
+        additions = [line for line in compiled.asm["ttir"].splitlines() if "tt.addptr" in line]
+        assert additions
+        for line in additions:
+            offset_type = line.partition(" loc(")[0].rpartition(",")[2]
+            assert "i64" in offset_type, line
+
+        code = machine_code(compiled, capability, tmp_path)
+        assert code.registers > 0
+        assert (code.spills, code.stack) == (0, 0)
+
+
+# Shares of the bytes loaded and stored that move 16 at a time in a large image. What is left at three levels are the
+# coarsest bands, of which a lane holds little: at level 3, 4 of its 64 coefficients.
+VECTORS = [
+    (wavedec2(IMAGES, torch.float32, 1), 1.0, 1.0),
+    (wavedec2(IMAGES, torch.bfloat16, 1), 1.0, 1.0),
+    (wavedec2(IMAGES, torch.float32, 3), 1.0, 0.93),
+    (wavedec2(IMAGES, torch.bfloat16, 3), 1.0, 0.75),
+    (waverec2(IMAGES, torch.float32, 1), 1.0, 1.0),
+    (waverec2(IMAGES, torch.bfloat16, 1), 1.0, 1.0),
+    (waverec2(IMAGES, torch.float32, 3), 0.93, 1.0),
+    (waverec2(IMAGES, torch.bfloat16, 3), 0.75, 1.0),
+    (wavelet_tokens(IMAGES, torch.float32, 3, plain=True), 1.0, 0.93),
+    (wavelet_tokens(IMAGES, torch.bfloat16, 3, plain=True), 1.0, 0.75),
+    (wavelet_untokens(IMAGES, torch.float32, 3, plain=True), 0.93, 1.0),
+    (wavelet_untokens(IMAGES, torch.bfloat16, 3, plain=True), 0.75, 1.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "loaded", "stored"), VECTORS, ids=[case.name.replace(" ", "-") for case, _, _ in VECTORS]
+)
+def test_large_images_move_as_vectors(
+    kernels: dict[str, ModuleType], case: Case, loaded: float, stored: float, tmp_path: Path
+) -> None:
     """Indexing with stride 2, or a width whose divisibility is lost, would make these scalar accesses."""
-    variant = next(v for v in REGISTRY if v.kernel == f"_{make.__name__}_forward_kernel" and v.dtype == "fp32")
-    ptx = compile_variant(compiled_kernels["wavelet"], variant, 90).asm["ptx"]
-    accesses = re.findall(r"(?:ld|st)\.global\S*", ptx)
-    assert len(accesses) == 8
-    assert all(".v4." in access for access in accesses), accesses
+    (launch,) = case.launches(kernels[case.stem])
+    found = machine_code(launch.compile(90), 90, tmp_path).bytes_in_16()
+    assert found[0] >= loaded
+    assert found[1] >= stored
 
 
-def test_every_kernel_is_in_the_registry(compiled_kernels: dict[str, ModuleType]) -> None:
+def sample(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta", dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("shape", "level", "levels"),
+    [
+        pytest.param((64, 64), 3, [3], id="even at every level"),
+        pytest.param((64, 64), 5, [3, 2], id="more than a launch holds"),
+        pytest.param((64, 100), 4, [2, 1, 1], id="odd from level 3 on"),
+        pytest.param((65, 64), 2, [1, 1], id="odd at once"),
+        pytest.param((1, 1), 3, [1, 1, 1], id="one pixel"),
+    ],
+)
+def test_levels_share_a_launch_while_sizes_are_even(
+    kernels: dict[str, ModuleType], shape: tuple[int, int], level: int, levels: list[int]
+) -> None:
+    with caught_launches() as forward:
+        bands = kernels["wavelet"].wavedec2_forward(sample(2, *shape), level, 1, 0.5)
+    with caught_launches() as inverse:
+        kernels["wavelet"].waverec2_forward(bands, *shape, 1, 0.5)
+    assert [launch.keywords["LEVELS"] for launch in forward] == levels
+    assert [launch.keywords["LEVELS"] for launch in inverse] == levels[::-1]
+
+    # Half precision is rounded once: what passes from launch to launch is wider.
+    passed_on = [launch.arguments[1][0].dtype for launch in forward]
+    assert passed_on == [torch.float32] * (len(levels) - 1) + [torch.float16]
+    assert [launch.arguments[1].dtype for launch in inverse] == passed_on
+
+
+def test_images_are_read_where_they_lie(kernels: dict[str, ModuleType]) -> None:
+    """Leading dimensions that collapse into two are not copied; three that do not, are."""
+    nchw = sample(4, 3, 16, 16)
+    for x in (
+        nchw,
+        nchw.to(memory_format=torch.channels_last),
+        nchw[:, 1:],
+        nchw.mT,
+        sample(1, 16, 16).expand(9, 16, 16),
+    ):
+        with caught_launches() as launches:
+            kernels["wavelet"].wavedec2_forward(x, 2, 1, 0.5)
+        assert launches[0].arguments[0] is x
+    x = sample(5, 4, 3, 16, 16).permute(1, 0, 2, 3, 4)[:, :, :2]
+    with caught_launches() as launches:
+        kernels["wavelet"].wavedec2_forward(x, 2, 1, 0.5)
+    assert launches[0].arguments[0].is_contiguous()
+
+
+def test_tokens_read_channels_last_where_it_lies(kernels: dict[str, ModuleType]) -> None:
+    x = sample(2, 3, 256, 256).to(memory_format=torch.channels_last)
+    with caught_launches() as launches:
+        kernels["wavelet_tokens"].wavelet_tokens_forward(x, 3, GRID, 0.5, None, None)
+    assert launches[0].arguments[0] is x
+
+
+def test_every_kernel_is_in_the_registry(kernels: dict[str, ModuleType]) -> None:
     """A kernel is a jitted function that no other jitted function calls."""
-    registered = {(variant.module, variant.kernel) for variant in REGISTRY}
-    found = set()
-    for name, module in compiled_kernels.items():
-        jitted = {n: f for n, f in vars(module).items() if isinstance(f, triton.JITFunction)}
-        bodies = {n: f.src.partition(":\n")[2] for n, f in jitted.items()}
-        called = {n for n in jitted for body in bodies.values() if re.search(rf"\b{n}\(", body)}
-        found |= {(name, n) for n in jitted if n not in called}
-    assert found == registered
+    jitted = {n: f for m in kernels.values() for n, f in vars(m).items() if isinstance(f, triton.JITFunction)}
+    bodies = [f.src.partition(":\n")[2] for f in jitted.values()]
+    called = {n for n in jitted if any(re.search(rf"\b{n}\b", body) for body in bodies)}
+    registered = {launch.kernel.__name__ for case in CASES for launch in case.launches(kernels[case.stem])}
+    assert set(jitted) - called == registered
+
+
+def test_the_report_is_of_these_kernels(kernels: dict[str, ModuleType]) -> None:
+    """``python benchmarks/kernel_report.py`` has been run since the last change that shows in it."""
+    text = REPORT.read_text()
+    assert [case.name for case in CASES if case.name not in text] == []
+    if f"Triton {triton.__version__};" not in text:
+        pytest.skip("the report is of another version of Triton")
+    for case, _, _ in VECTORS[::4]:
+        (launch,) = case.launches(kernels[case.stem])
+        cells = kernel_report.row(case.name, kernel_report.tile_of(launch), *kernel_report.compiled_code(launch, 90))
+        assert " ".join(" ".join(cells).split()) in " ".join(text.split())

@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Modules set to None in ``sys.modules`` cannot be imported; what was found out before is forgotten."""
-    backend._import_error.cache_clear()
+    backend.forget_imports()
     yield monkeypatch
     monkeypatch.undo()
-    backend._import_error.cache_clear()
+    backend.forget_imports()
 
 
 def chosen(device: str) -> str:
@@ -38,7 +38,7 @@ def test_the_device_chooses(missing: pytest.MonkeyPatch) -> None:
     missing.setitem(sys.modules, "triton", None)
     missing.setitem(sys.modules, "wavedp._csrc", None)
     missing.setitem(sys.modules, "wavedp._csrc_cuda", None)
-    backend._import_error.cache_clear()
+    backend.forget_imports()
     assert {chosen(device) for device in ("cpu", "cuda", "mps")} == {"wavedp.reference.wavelet"}
     assert available_backends() == ("reference",)
     assert torch.equal(wavedp.dwt2(torch.ones(2, 2))[0], torch.full((1, 1), 2.0))
@@ -90,6 +90,7 @@ def test_an_unknown_name_is_refused() -> None:
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_a_backend_refuses_another_device(name: str, missing: pytest.MonkeyPatch) -> None:
     missing.setattr(backend, "_import_error", lambda module: None)
+    backend._choice.cache_clear()
     with use_backend(name), pytest.raises(RuntimeError, match=f"{name!r} takes cuda tensors, but these are on cpu"):
         backend.implementation("wavelet", torch.device("cpu"))
 

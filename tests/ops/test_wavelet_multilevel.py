@@ -56,13 +56,22 @@ def test_wavedec2_and_waverec2_are_pywavelets(mode: str, dtype: torch.dtype) -> 
             assert torch.equal(wavedp.coarse(x, level, mode), actual[0])
 
 
-def test_more_levels_than_the_image_has() -> None:
+@pytest.mark.parametrize(("size", "level"), [((3, 2), 5), ((3, 2), 10), ((5, 700), 9), ((1, 300), 17)], ids=str)
+def test_more_levels_than_the_image_has_or_one_call_takes(size: tuple[int, int], level: int) -> None:
     """PyWavelets warns and goes on: an axis of one sample is completed by the mode again and again."""
-    x = torch.randn(3, 2, dtype=torch.float64)
+    x = torch.randn(*size, dtype=torch.float64)
     for mode in ("symmetric", "zero", "periodic", "antisymmetric", "smooth"):
-        expected = quiet_pywt_wavedec2(x, mode, 5)
-        for one, other in zip(flat(wavedp.wavedec2(x, 5, mode)), flat(expected), strict=True):
+        expected = quiet_pywt_wavedec2(x, mode, level)
+        actual: Any = wavedp.wavedec2(x, level, mode)
+        for one, other in zip(flat(actual), flat(expected), strict=True):
             torch.testing.assert_close(one, torch.from_numpy(other))
+        assert torch.equal(wavedp.coarse(x, level, mode), actual[0])
+        absent = [*actual[:2], *[(None, None, None)] * (level - 1)]
+        filled = [*actual[:2], *(tuple(map(torch.zeros_like, details)) for details in actual[2:])]
+        rebuilt = wavedp.waverec2(filled, output_size=size)
+        assert torch.equal(wavedp.waverec2(absent, output_size=size), rebuilt)
+        back = torch.from_numpy(pywt.waverec2(expected, "haar"))[: size[0], : size[1]]
+        torch.testing.assert_close(wavedp.waverec2(actual, output_size=size), back)
 
 
 def test_level_zero_is_the_image() -> None:

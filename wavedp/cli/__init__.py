@@ -18,6 +18,7 @@ COMMANDS = {
     "sample": "sample coarse images and super-resolve them",
     "upscale": "super-resolve a folder of images",
     "evaluate": "train a classifier on synthetic images and test it on real ones",
+    "bench": "time every op beside its rivals and beside a copy of the same bytes",
     "account": "epsilon for a noise multiplier, noise for an epsilon, or steps for an epsilon",
 }
 

@@ -5,12 +5,13 @@ Scale 0 is the approximation LL_L; scale s >= 1 holds the details (cH, cV, cD) o
 channels. Every scale has the same grid of tokens, because patches grow with frequency (arXiv 2412.09607).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from wavedp.functional import wavedec2, waverec2
+from wavedp.functional import wavedec2, wavelet_tokens, wavelet_untokens
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,15 @@ class SpectralLayout:
         return num_scales
 
 
+def num_scales_of(images: Tensor, layout: SpectralLayout) -> int:
+    """Number of scales that images [B, C, r, r] are made of; r is one of the resolutions of the layout."""
+    if images.dim() != 4 or images.shape[1] != layout.channels or images.shape[2] != images.shape[3]:
+        raise ValueError(
+            f"images must have shape [B, {layout.channels}, r, r], got {list(images.shape)}; resize or convert first"
+        )
+    return layout.scales_of_resolution(images.shape[-1])
+
+
 def image_to_maps(images: Tensor, layout: SpectralLayout) -> list[Tensor]:
     """Coefficient maps of an image at any resolution of the layout, coarse first.
 
@@ -88,37 +98,30 @@ def image_to_maps(images: Tensor, layout: SpectralLayout) -> list[Tensor]:
     values that the full-resolution image's transform would have: the coarse image of k scales is
     LL / 2^(L + 1 - k), so its own coefficients are scaled back by that power of two.
     """
-    if images.dim() != 4 or images.shape[1] != layout.channels or images.shape[2] != images.shape[3]:
-        raise ValueError(
-            f"images must have shape [B, {layout.channels}, r, r], got {list(images.shape)}; resize or convert first"
-        )
-    num_scales = layout.scales_of_resolution(images.shape[-1])
+    num_scales = num_scales_of(images, layout)
     full = images * 2.0 ** (layout.num_scales - num_scales)
-    if num_scales == 1:
-        return [full]
     coefficients = wavedec2(full, num_scales - 1)
     return [torch.cat(bands, dim=1) if isinstance(bands, tuple) else bands for bands in coefficients]
 
 
-def maps_to_image(maps: list[Tensor], layout: SpectralLayout) -> Tensor:
-    """The image [B, C, r, r] that a prefix of the scales describes; the inverse of `image_to_maps`."""
-    approximation, *details = maps
-    bands = [tuple(m.chunk(3, dim=1)) for m in details]
-    full = waverec2([approximation, *bands]) if bands else approximation
-    return full * 0.5 ** (layout.num_scales - len(maps))
+def image_to_tokens(
+    images: Tensor,  # [B, C, r, r] in [0, 1], r = layout.resolution(k)
+    layout: SpectralLayout,
+    mean: Sequence[Tensor] | None = None,  # [C_s] of every scale of the layout
+    std: Sequence[Tensor] | None = None,
+) -> list[Tensor]:  # k of [B, grid^2, token_dim(s)], coarse first, in the wider dtype of images and mean
+    """Tokens of an image at any resolution of the layout: the patches of its maps, ``(coefficient - mean) / std``."""
+    num_scales = num_scales_of(images, layout)
+    dtype = images.dtype if mean is None else torch.promote_types(images.dtype, mean[0].dtype)
+    tokens: list[Tensor] = wavelet_tokens(images, layout.levels, layout.grid, mean, std, scales=num_scales, dtype=dtype)
+    return tokens
 
 
-def patchify(coefficients: Tensor, grid: int) -> Tensor:
-    """[B, C, m, m] -> [B, grid^2, C p^2], tokens in row-major order of the grid."""
-    B, C, m, _ = coefficients.shape
-    p = m // grid
-    blocks = coefficients.reshape(B, C, grid, p, grid, p)
-    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, C * p * p)
-
-
-def unpatchify(tokens: Tensor, grid: int, channels: int) -> Tensor:
-    """[B, grid^2, C p^2] -> [B, C, grid p, grid p]; the inverse of `patchify`."""
-    B, _, dim = tokens.shape
-    p = round((dim // channels) ** 0.5)
-    blocks = tokens.reshape(B, grid, grid, channels, p, p)
-    return blocks.permute(0, 3, 1, 4, 2, 5).reshape(B, channels, grid * p, grid * p)
+def tokens_to_image(
+    tokens: Sequence[Tensor],  # k of [B, grid^2, token_dim(s)], coarse first
+    layout: SpectralLayout,
+    mean: Sequence[Tensor] | None = None,
+    std: Sequence[Tensor] | None = None,
+) -> Tensor:  # [B, C, r, r], r = layout.resolution(k)
+    """The image that a prefix of the scales describes; the inverse of `image_to_tokens`."""
+    return wavelet_untokens(tokens, layout.grid, mean, std, levels=layout.levels, channels=layout.channels)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavedp.models.quantizer import Quantized, VectorQuantizer
-from wavedp.models.spectra import SpectralLayout, image_to_maps, maps_to_image, patchify, unpatchify
+from wavedp.models.spectra import SpectralLayout, image_to_maps, image_to_tokens, num_scales_of, tokens_to_image
 from wavedp.models.transformer import SpectralBlock, scale_causal_mask
 
 CAUSAL_SIDES = ("none", "encoder", "decoder", "both")
@@ -159,28 +159,25 @@ class SpectralTokenizer(nn.Module):
         return TokenizerOutput(reconstruction, tokens, loss, reconstruction_loss, codebook_loss, commitment_loss)
 
     def _quantize(self, images: Tensor) -> list[Quantized]:
-        maps = image_to_maps(images, self.layout)
-        self._need_causal("encoder", len(maps))
-        tokens = [
-            self.embed[s](patchify((m - self._mean(s)) / self._std(s), self.layout.grid)) for s, m in enumerate(maps)
-        ]
+        self._need_causal("encoder", num_scales_of(images, self.layout))
+        patches = image_to_tokens(images, self.layout, *self._normalisation())
+        tokens = [self.embed[s](patch) for s, patch in enumerate(patches)]
         hidden = torch.cat(tokens, dim=1)
         hidden = hidden + self.encoder_position[: hidden.shape[1]]
         hidden = self.encoder_norm(self._run(self.encoder, hidden, self.config.causal in ("encoder", "both")))
         n = self.layout.tokens_per_scale
         quantized = [self.approximation_quantizer(hidden[:, :n])]
-        if len(maps) > 1:
+        if len(tokens) > 1:
             quantized.append(self.detail_quantizer(hidden[:, n:]))
         return quantized
 
     def _reconstruct(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.decoder_position[: hidden.shape[1]]
         hidden = self.decoder_norm(self._run(self.decoder, hidden, self.config.causal in ("decoder", "both")))
-        maps = []
-        for s, tokens in enumerate(hidden.split(self.layout.tokens_per_scale, dim=1)):
-            normalised = unpatchify(self.unembed[s](tokens), self.layout.grid, self.layout.map_channels(s))
-            maps.append(normalised * self._std(s) + self._mean(s))
-        return maps_to_image(maps, self.layout)
+        dtype = self.coefficient_std.dtype  # autocast makes half precision of the patches, not of the image
+        scales = hidden.split(self.layout.tokens_per_scale, dim=1)
+        patches = [self.unembed[s](tokens).to(dtype) for s, tokens in enumerate(scales)]
+        return tokens_to_image(patches, self.layout, *self._normalisation())
 
     def _run(self, blocks: nn.ModuleList, hidden: Tensor, causal: bool) -> Tensor:
         n = self.layout.tokens_per_scale
@@ -197,8 +194,11 @@ class SpectralTokenizer(nn.Module):
                 f"causal={self.config.causal!r}; train one with causal='both'"
             )
 
-    def _mean(self, scale: int) -> Tensor:
-        return self.coefficient_mean[scale, : self.layout.map_channels(scale), None, None]
-
-    def _std(self, scale: int) -> Tensor:
-        return self.coefficient_std[scale, : self.layout.map_channels(scale), None, None]
+    def _normalisation(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Mean and standard deviation of the coefficients: for each scale [its channels]."""
+        counts = [self.layout.map_channels(s) for s in range(self.layout.num_scales)]
+        mean, std = (
+            [values[s, :count] for s, count in enumerate(counts)]
+            for values in (self.coefficient_mean, self.coefficient_std)
+        )
+        return mean, std

@@ -16,6 +16,7 @@ these is installed, to reference. Libraries and Triton are imported when the fir
 
 import functools
 import importlib
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,22 +103,34 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+@functools.cache
+def _choice(requested: str, op: str, device: str) -> tuple[str, str, bool]:
+    """The backend for tensors of a type of device, its module for an op, and whether it takes that device."""
+    name = requested
+    if name == "auto":
+        name = next((n for n, b in _BACKENDS.items() if device in b.devices and _is_installed(b)), "reference")
+    backend = _BACKENDS[name]
+    return name, backend.implementation.format(op), name == "reference" or device in backend.devices
+
+
+def forget_imports() -> None:
+    """Looks again for the modules of the backends, when an op next needs them."""
+    _import_error.cache_clear()
+    _choice.cache_clear()
+
+
 def implementation(op: str, device: torch.device) -> ModuleType:
     """The module that computes ``op`` (``"wavelet"``, a stem) for tensors on ``device``.
 
     Raises:
         RuntimeError: the backend that was asked for does not take tensors of this device.
     """
-    name = _requested.get()
-    if name == "auto":
-        name = next((n for n, b in _BACKENDS.items() if device.type in b.devices and _is_installed(b)), "reference")
-    backend = _BACKENDS[name]
-    module = importlib.import_module(backend.implementation.format(op))
-    interpreted = device.type == "cpu" and getattr(module, "INTERPRETED", False)
-    if name != "reference" and device.type not in backend.devices and not interpreted:
-        hint = "; to interpret the kernels on a CPU, start Python with TRITON_INTERPRET=1"
-        raise RuntimeError(
-            f"backend {name!r} takes {backend.devices[0]} tensors, but these are on {device}"
-            + (hint if name == "triton" else "")
-        )
-    return module
+    name, where, takes_device = _choice(_requested.get(), op, device.type)
+    module = sys.modules.get(where) or importlib.import_module(where)
+    if takes_device or (device.type == "cpu" and getattr(module, "INTERPRETED", False)):
+        return module
+    hint = "; to interpret the kernels on a CPU, start Python with TRITON_INTERPRET=1"
+    raise RuntimeError(
+        f"backend {name!r} takes {_BACKENDS[name].devices[0]} tensors, but these are on {device}"
+        + (hint if name == "triton" else "")
+    )

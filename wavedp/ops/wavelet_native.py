@@ -5,61 +5,169 @@ The C++ library computes CPU tensors, the CUDA library CUDA tensors. Their signa
 argument alone: a number of threads, or a stream.
 """
 
+import functools
 import importlib
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wavedp.reference.wavelet import Edge
+from wavedp.reference.wavelet import Edge, band_sizes
 
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
+
+_C: Any = torch._C
+_below_autograd = _C._AutoDispatchBelowADInplaceOrView
+_unflatten = _C._nn.unflatten_dense_tensors
 
 
-def _call(function: str, device: torch.device, *arguments: int) -> None:
-    on_cuda = device.type == "cuda"
-    compiled: Any = importlib.import_module("wavedp._csrc_cuda" if on_cuda else "wavedp._csrc")
-    with torch.cuda.device(device) if on_cuda else nullcontext():
-        if not on_cuda:
-            getattr(compiled, function)(*arguments, torch.get_num_threads())
-        elif code := getattr(compiled, function)(*arguments, torch.cuda.current_stream(device).cuda_stream):
+@functools.cache
+def _function(name: str) -> Callable[..., None]:
+    function: Callable[..., None] = getattr(importlib.import_module("wavedp._csrc"), name)
+    return function
+
+
+def call(function: str, device: torch.device, *arguments: Any) -> None:
+    if device.type != "cuda":
+        _function(function)(*arguments, torch.get_num_threads())
+        return
+    compiled: Any = importlib.import_module("wavedp._csrc_cuda")
+    with torch.cuda.device(device) if device.index != torch.cuda.current_device() else nullcontext():
+        stream = torch.cuda.current_stream(device).cuda_stream
+        if code := getattr(compiled, function)(*arguments, stream):
             raise RuntimeError(f"wavedp {function} on {device}: {compiled.error_string(code)}")
 
 
-def dwt2_forward(
+class Packing:
+    """Contiguous tensors one after the other in one allocation."""
+
+    def __init__(self, shapes: Sequence[Sequence[int]], itemsize: int) -> None:
+        sizes = [math.prod(shape) for shape in shapes]
+        self.total = sum(sizes)  # elements
+        self._shapes = [tuple(shape) for shape in shapes]
+        self._offsets = [itemsize * sum(sizes[:k]) for k in range(len(sizes))]  # bytes
+        # Tensors of one element, of which the shape alone is read.
+        self._templates = [torch.empty(1).expand(shape) for shape in self._shapes]
+
+    def addresses(self, flat: Tensor) -> list[int]:
+        start = flat.data_ptr()
+        return [start + offset for offset in self._offsets]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The tensors. Autograd does not take a change of one for a change of all: they share no element."""
+        if self.total == 0:
+            return [flat.new_empty(shape) for shape in self._shapes]
+        with _below_autograd():
+            tensors: list[Tensor] = _unflatten(flat, self._templates)
+            return tensors
+
+
+def axes_of(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """(outer, inner, H, W) and their strides; None where the leading axes do not collapse into two."""
+    lead: list[tuple[int, int]] = []  # (size, stride), outermost first
+    for size, stride in zip(shape[:-2], strides[:-2]):
+        if size == 1:
+            continue
+        if lead and lead[-1][1] == size * stride:
+            lead[-1] = lead[-1][0] * size, stride
+        else:
+            lead.append((size, stride))
+    if len(lead) > 2:
+        return None
+    (outer, stride_outer), (inner, stride_inner) = [(1, 0)] * (2 - len(lead)) + lead
+    return outer, inner, *shape[-2:], stride_outer, stride_inner, *strides[-2:]
+
+
+def collapsed(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """A contiguous copy of an image whose leading axes do not collapse, and its axes."""
+    x = x.contiguous()
+    axes = axes_of(x.shape, x.stride())
+    assert axes is not None
+    return x, axes
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    shape: Sequence[int], strides: Sequence[int], itemsize: int, level: int
+) -> tuple[Packing, tuple[int, ...] | None]:
+    lead, sizes = shape[:-2], band_sizes(shape[-2], shape[-1], level)
+    shapes = [(*lead, *sizes[level])] + [(*lead, *sizes[k]) for k in range(level, 0, -1) for _ in range(3)]
+    return Packing(shapes, itemsize), axes_of(shape, strides)
+
+
+def wavedec2_forward(
     x: Tensor,  # [..., H, W], any strides
+    level: int,
     edge: Edge,
-) -> Tensor:  # [4, ..., ceil(H/2), ceil(W/2)]
-    """:func:`wavedp.reference.wavelet.dwt2_forward` by a compiled library."""
-    *lead, height, width = x.shape
-    bands = torch.empty((4, *lead, (height + 1) // 2, (width + 1) // 2), dtype=x.dtype, device=x.device)
-    if bands.numel() == 0:
-        return bands
-    planes = x.reshape(-1, height, width)
-    code = _DTYPE_CODES[x.dtype]
-    _call("dwt2", x.device, planes.data_ptr(), bands.data_ptr(), code, *planes.shape, *planes.stride(), edge)
-    return bands
+    factor: float,
+    out: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """:func:`wavedp.reference.wavelet.wavedec2_forward` by a compiled library; views of one allocation."""
+    bands, axes = _plan(x.shape, x.stride(), x.itemsize, level)
+    if out is None:
+        flat = x.new_empty(bands.total)
+        addresses = bands.addresses(flat)
+    else:
+        addresses = [band.data_ptr() for band in out]
+    if bands.total > 0:
+        if axes is None:
+            x, axes = collapsed(x)
+        code = DTYPE_CODES[x.dtype]
+        call("wavedec2", x.device, x.data_ptr(), code, 1.0, 0.0, axes, addresses, code, edge, level, factor)
+    return bands.views(flat) if out is None else out
 
 
-def idwt2_forward(
-    ll: Tensor | None,  # [..., h, w] each; None stands for zeros, at least one is given
-    lh: Tensor | None,
-    hl: Tensor | None,
-    hh: Tensor | None,
+@functools.lru_cache(maxsize=4096)
+def _coarse_plan(
+    shape: Sequence[int], strides: Sequence[int], level: int
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    return (*shape[:-2], *band_sizes(shape[-2], shape[-1], level)[-1]), axes_of(shape, strides)
+
+
+def coarse_forward(
+    x: Tensor,  # [..., H, W], any strides; uint8 too
+    level: int,
+    edge: Edge,
+    factor: float,
+    gain: float = 1.0,
+    bias: float = 0.0,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # [..., ceil(H/2^level), ceil(W/2^level)]
+    """:func:`wavedp.reference.wavelet.coarse_forward` by a compiled library."""
+    dtype = dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype)
+    shape, axes = _coarse_plan(x.shape, x.stride(), level)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=x.device)
+    if out.numel() > 0:
+        if axes is None:
+            x, axes = collapsed(x)
+        bands = [out.data_ptr(), *[0] * (3 * level)]
+        codes = DTYPE_CODES[x.dtype], DTYPE_CODES[dtype]
+        call("wavedec2", x.device, x.data_ptr(), codes[0], gain, bias, axes, bands, codes[1], edge, level, factor)
+    return out
+
+
+def waverec2_forward(
+    bands: Sequence[Tensor | None],  # LL_L, LH_L, HL_L, HH_L, ..., HH_1; None stands for zeros
     height: int,
     width: int,
     edge: Edge,
+    factor: float,
+    out: Tensor | None = None,
 ) -> Tensor:  # [..., height, width]
-    """:func:`wavedp.reference.wavelet.idwt2_forward` by a compiled library."""
-    bands = [None if band is None else band.contiguous() for band in (ll, lh, hl, hh)]
-    given = next(band for band in bands if band is not None)
-    *lead, h, w = given.shape
-    x = torch.empty((*lead, height, width), dtype=given.dtype, device=given.device)
-    if x.numel() == 0:
-        return x
-    addresses = [0 if band is None else band.data_ptr() for band in bands]
-    code = _DTYPE_CODES[x.dtype]
-    n = given.numel() // (h * w)
-    _call("idwt2", x.device, *addresses, x.data_ptr(), code, n, height, width, edge)
-    return x
+    """:func:`wavedp.reference.wavelet.waverec2_forward` by a compiled library."""
+    given = [band if band.is_contiguous() else band.contiguous() for band in bands if band is not None]
+    first = given[0]
+    lead = first.shape[:-2]
+    if out is None:
+        out = first.new_empty((*lead, height, width))
+    if out.numel() > 0:
+        starts = iter([band.data_ptr() for band in given])
+        addresses = [0 if band is None else next(starts) for band in bands]
+        code, n, level = DTYPE_CODES[first.dtype], math.prod(lead), len(bands) // 3
+        call("waverec2", first.device, addresses, out.data_ptr(), code, n, height, width, edge, level, factor)
+    return out

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Triton launchers launch, compiled for a GPU that need not be there.
+
+The launchers run on meta tensors, which have sizes and strides and no memory. Each launch is caught with its
+arguments, specialised by Triton as on a device (divisibility by 16, ones, types, tile), and compiled ahead of time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+CAPABILITIES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, not executed."""
+
+    kernel: Any  # triton.JITFunction
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]  # constexpr arguments and options
+
+    def compile(self, capability: int) -> Any:
+        """Machine code for ``sm_<capability>``, as a ``triton.compiler.CompiledKernel`` that no driver has loaded."""
+        import triton
+        from triton.runtime.jit import create_function_from_signature
+
+        target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+        backend = triton.compiler.make_backend(target)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        bound, specialisation, options = bind(*self.arguments, **self.keywords)
+        options, signature, constants, attributes = self.kernel._pack_args(
+            backend, self.keywords, bound, specialisation, options
+        )
+        source = triton.compiler.ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=options.__dict__)
+
+
+@contextlib.contextmanager
+def caught_launches() -> Iterator[list[Launch]]:
+    """Collects launches of this thread's kernels instead of executing them."""
+    import triton
+
+    found: list[Launch] = []
+
+    def catch(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        assert all(0 < size < 2**31 for size in grid), grid
+        found.append(Launch(kernel, arguments, keywords))
+
+    run = triton.JITFunction.run
+    triton.JITFunction.run = catch
+    try:
+        yield found
+    finally:
+        triton.JITFunction.run = run
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a launcher, for what it launches."""
+
+    name: str
+    stem: str  # of the module in kernels/
+    call: Callable[[ModuleType], object]
+    main: bool = False  # compiled for every architecture, not only for sm_90
+
+    def launches(self, kernels: ModuleType) -> list[Launch]:
+        """``kernels`` is the module of ``stem``, not interpreted."""
+        with caught_launches() as found:
+            self.call(kernels)
+        return found
+
+
+NAMES = {  # of pixels and coefficients
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+    torch.uint8: "uint8",
+}
+IMAGES = (64, 3, 256, 256)
+GRID = (16, 16)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> torch.Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+
+def _name(function: str, shape: tuple[int, ...], dtype: torch.dtype, level: int, note: str = "") -> str:
+    return " ".join(filter(None, (function, "x".join(map(str, shape)), NAMES[dtype], f"L{level}", note)))
+
+
+def wavedec2(shape: tuple[int, ...], dtype: torch.dtype, level: int, edge: int = 1, **flags: bool) -> Case:
+    layout = flags.get("channels_last", False)
+    note = "channels_last" * layout + f"edge {edge}" * (shape[-1] % 2)
+
+    def call(kernels: ModuleType) -> object:
+        return kernels.wavedec2_forward(_empty(shape, dtype, layout), level, edge, 0.5)
+
+    return Case(_name("wavedec2", shape, dtype, level, note), "wavelet", call, flags.get("main", False))
+
+
+def coarse(shape: tuple[int, ...], dtype: torch.dtype, level: int, **flags: bool) -> Case:
+    def call(kernels: ModuleType) -> object:
+        return kernels.coarse_forward(_empty(shape, dtype), level, 1, 0.5)
+
+    return Case(_name("coarse", shape, dtype, level), "wavelet", call, flags.get("main", False))
+
+
+def waverec2(shape: tuple[int, ...], dtype: torch.dtype, level: int, edge: int = 1, **flags: bool) -> Case:
+    ll_alone = flags.get("ll_alone", False)
+    note = "LL alone" * ll_alone + f"edge {edge}" * (shape[-1] % 2)
+
+    def call(kernels: ModuleType) -> object:
+        *lead, height, width = shape
+        bands: list[torch.Tensor | None] = []
+        for _ in range(level):
+            height, width = -(-height // 2), -(-width // 2)
+            bands = [None if ll_alone else _empty((*lead, height, width), dtype) for _ in range(3)] + bands
+        bands = [_empty((*lead, height, width), dtype), *bands]
+        return kernels.waverec2_forward(bands, *shape[-2:], edge, 0.5)
+
+    return Case(_name("waverec2", shape, dtype, level, note), "wavelet", call, flags.get("main", False))
+
+
+def _constants(channels: int, level: int, dtype: torch.dtype) -> torch.Tensor:
+    return _empty((channels * (3 * level + 1),), torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def wavelet_tokens(shape: tuple[int, ...], dtype: torch.dtype, level: int, **flags: bool) -> Case:
+    energies, plain = flags.get("energies", False), flags.get("plain", False)
+    layout = flags.get("channels_last", False)
+    note = "energies" * energies + "not normalised" * plain + "channels_last" * layout
+
+    def call(kernels: ModuleType) -> object:
+        constants = None if plain else _constants(shape[1], level, dtype)
+        image = _empty(shape, dtype, layout)
+        return kernels.wavelet_tokens_forward(image, level, GRID, 0.5, constants, constants, energies=energies)
+
+    return Case(_name("wavelet_tokens", shape, dtype, level, note), "wavelet_tokens", call, flags.get("main", False))
+
+
+def wavelet_untokens(shape: tuple[int, ...], dtype: torch.dtype, level: int, **flags: bool) -> Case:
+    plain = flags.get("plain", False)
+
+    def call(kernels: ModuleType) -> object:
+        batch, channels, height, width = shape
+        pixels = channels * height * width // (GRID[0] * GRID[1])
+        values = [pixels >> 2 * level, *(3 * pixels >> 2 * k for k in range(level, 0, -1))]
+        tokens = [_empty((batch, GRID[0] * GRID[1], n), dtype) for n in values]
+        constants = None if plain else _constants(channels, level, dtype)
+        return kernels.wavelet_untokens_forward(tokens, *shape[1:], GRID, 0.5, constants, constants)
+
+    note = "not normalised" * plain
+    return Case(_name("wavelet_untokens", shape, dtype, level, note), "wavelet_tokens", call, flags.get("main", False))
+
+
+F32, BF16, F16, F64, U8 = NAMES
+ODD = (64, 3, 253, 255)
+OVER_2_31 = (48, 3, 4096, 4096)
+"""More elements than 32 bits count, so that offsets and some strides need 64."""
+PATCHES_OF_3 = (64, 3, 384, 384)
+"""3 x 3 coefficients of the third LL in a patch, which is no power of two."""
+
+CASES = [
+    *(wavedec2(IMAGES, dtype, 3, main=True) for dtype in (F32, BF16)),
+    *(wavedec2(IMAGES, dtype, 3) for dtype in (F16, F64)),
+    *(wavedec2(IMAGES, dtype, level) for dtype in (F32, BF16) for level in (1, 2)),
+    wavedec2(IMAGES, BF16, 5),
+    *(wavedec2(ODD, BF16, 1, edge) for edge in range(6)),
+    wavedec2((1, 1), F32, 1, 5),
+    wavedec2(IMAGES, F32, 3, channels_last=True),
+    wavedec2(OVER_2_31, F32, 3),
+    *(coarse(IMAGES, dtype, 3, main=True) for dtype in (F32, U8)),
+    coarse(IMAGES, BF16, 3),
+    coarse(ODD, U8, 1),
+    *(waverec2(IMAGES, dtype, 3, main=True) for dtype in (F32, BF16)),
+    *(waverec2(IMAGES, dtype, 3) for dtype in (F16, F64)),
+    *(waverec2(IMAGES, dtype, level) for dtype in (F32, BF16) for level in (1, 2)),
+    waverec2(IMAGES, BF16, 5),
+    *(waverec2(ODD, BF16, 1, edge) for edge in range(6)),
+    waverec2((1, 1), F32, 1, 5),
+    waverec2(IMAGES, F32, 3, ll_alone=True),
+    waverec2(OVER_2_31, F32, 3),
+    *(wavelet_tokens(IMAGES, dtype, 3, main=True) for dtype in (F32, BF16)),
+    *(wavelet_tokens(IMAGES, dtype, 3) for dtype in (F16, F64, U8)),
+    *(wavelet_tokens(IMAGES, BF16, level) for level in (1, 2, 4)),
+    wavelet_tokens(IMAGES, F32, 3, plain=True),
+    wavelet_tokens(IMAGES, F32, 3, energies=True),
+    wavelet_tokens(IMAGES, F32, 3, channels_last=True),
+    wavelet_tokens(PATCHES_OF_3, F32, 3),
+    wavelet_tokens(OVER_2_31, F32, 3),
+    *(wavelet_untokens(IMAGES, dtype, 3, main=True) for dtype in (F32, BF16)),
+    *(wavelet_untokens(IMAGES, dtype, 3) for dtype in (F16, F64)),
+    *(wavelet_untokens(IMAGES, BF16, level) for level in (1, 2, 4)),
+    wavelet_untokens(IMAGES, F32, 3, plain=True),
+    wavelet_untokens(PATCHES_OF_3, F32, 3),
+    wavelet_untokens(OVER_2_31, F32, 3),
+]

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as text: a block for each case and input, with a bar for the fraction of the floor."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TextIO
+
+BAR = 16  # cells up to the floor; twice as many are drawn
+HEADINGS = {
+    "copy_": "into existing tensors; the floor is copy_ of as many bytes",
+    "clone": "fresh results; the floor is clone() of as many bytes",
+    "sum": "one band; the floor is reading the input",
+    "torch.mul": "one small image; the floor is multiplying it",
+}
+Row = Mapping[str, str]
+
+
+def block(rows: Sequence[Row], stream: TextIO) -> Iterator[str]:
+    """The lines for one case and input: each floor, then those that are compared with it."""
+    first = rows[0]
+    yield f"\n{first['case']}   {first['shape']} {first['dtype']}, {human_bytes(int(first['bytes']))} to move"
+    for floor in dict.fromkeys(row["floor"] for row in rows):
+        here = [row for row in rows if row["floor"] == floor]
+        small = floor == "torch.mul"
+        heading = f"{'us above' if small else 'GB/s':>9} {'x floor':>8}  fraction of the floor"
+        yield f"  {HEADINGS[floor]}"
+        yield f"    {'':<26} {'median':>9} {'20%':>9} {'80%':>9} {heading}"
+        least = float(next(row["median_ms"] for row in here if row["provider"] == floor))
+        for row in here:
+            ratio = float(row["floor_ratio"])
+            rate = (float(row["median_ms"]) - least) * 1e3 if small else float(row["gb_per_s"])
+            times = " ".join(f"{human_time(row[column]):>9}" for column in ("median_ms", "q20_ms", "q80_ms"))
+            yield f"    {row['provider']:<26} {times} {rate:>9.1f} {ratio:>7.2f}x  {bar(ratio, stream)}"
+
+
+def bar(ratio: float, stream: TextIO) -> str:
+    """``ratio`` of the floor's speed, with a mark at the floor; cut off at twice the floor."""
+    full, mark = ("█", "│") if (stream.encoding or "").lower().startswith("utf") else ("#", "|")
+    cells = min(round(ratio * BAR), 2 * BAR)
+    return (full * min(cells, BAR)).ljust(BAR) + mark + full * max(0, cells - BAR)
+
+
+def human_time(milliseconds: str) -> str:
+    value = float(milliseconds)
+    return f"{value * 1e3:.1f} us" if value < 1 else f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def human_bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+class Progress:
+    """One line on stderr that says what is being done; nothing where stderr is not a terminal."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.shown = sys.stderr.isatty()
+
+    def __call__(self, what: str) -> None:
+        if self.shown:
+            sys.stderr.write(f"\r\033[K{self.prefix}: {what}")
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        if self.shown:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()

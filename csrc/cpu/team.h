@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// A team of threads for one call.
+#pragma once
+
+#include <cstdint>
+
+namespace wavedp {
+
+// Calls work(context, part) for every part in [0, parts) on at most `threads` threads, of which the caller is
+// one. `work` must not throw.
+void run_in_team(int64_t parts, int threads, void (*work)(void* context, int64_t part), void* context);
+
+}  // namespace wavedp

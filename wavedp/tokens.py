@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``wavelet_tokens`` and ``wavelet_untokens``: an image as one sequence of tokens per scale, in one pass over it.
+
+They are public as ``wavedp.wavelet_tokens`` and ``wavedp.wavelet_untokens``; ``docs/wavelets.md`` is the user's page.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from wavedp.ops import wavelet_tokens_autograd
+from wavedp.ops.arguments import affine_of, check_level, check_tensor, described, factor_of, result_type, size_of
+from wavedp.ops.out import check_out
+from wavedp.ops.wavelet import check_dtype, result_dtype
+from wavedp.ops.wavelet_tokens import check_grid, scale_channels, token_shapes
+
+Constants: TypeAlias = Sequence[float | Tensor]
+
+
+def wavelet_tokens(
+    x: Tensor,  # [B, C, H, W], uint8 too
+    levels: int,
+    grid: int | Sequence[int],
+    mean: Constants | None = None,
+    std: Constants | None = None,
+    *,
+    scales: int | None = None,
+    norm: str = "ortho",
+    affine: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+    energies: bool = False,
+    out: Sequence[Tensor] | None = None,
+) -> Any:  # [[B, gh gw, D_s], ...] coarse first; (that, [B, C (3 levels + 1)]) with energies
+    """The Haar transform of ``levels`` levels, normalised by scale and cut into one grid of patches per scale.
+
+    Scale 0 is the approximation, scale s >= 1 the details of level ``levels - s + 1``: cH, cV and cD one after the
+    other on the channel axis, so that C_0 = C and C_s = 3 C. Every scale has ``gh * gw`` tokens, in row-major order
+    of the grid, because its patches grow with its map (arXiv 2412.09607); a token's D_s = C_s p_s q_s values are in
+    the order (channel, row, column). The image is read once and the tokens are written once, as contiguous
+    views of one allocation. Gradients flow to ``x``.
+
+    Args:
+        x: images whose height and width are multiples of 2^levels times the grid.
+        levels: of the full image, at least 0.
+        grid: tokens per axis, ``(gh, gw)`` or one number for both.
+        mean, std: constants of the normalisation ``(coefficient - mean) / std``: for each of ``levels + 1`` scales a
+            number or a tensor [C_s]. None is no mean, or a deviation of 1.
+        scales: where ``x`` is smaller than the image that ``levels`` speaks of, the number k of scales it is made of,
+            as :func:`wavelet_untokens` gives it for the first k: these k scales come back, with the values that they
+            have in the full image.
+        norm: as for :func:`wavedp.dwt2`.
+        affine: ``(gain, bias)`` for images of uint8, as for :func:`wavedp.coarse`.
+        dtype: of the tokens: that of ``x``, or float32 for uint8, unless given.
+        energies: also returns the sum of squares of ``x``'s coefficients, before ``mean`` and ``std``, for each image
+            and channel of a scale: [B, C (3 levels + 1)] in float32 (float64 for float64), without gradient.
+        out: a list of tensors for the tokens.
+
+    Raises:
+        TypeError: ``x`` is not a tensor of uint8 or of one of the four floating-point dtypes, ``levels`` is no integer,
+            or ``out`` does not hold such tensors.
+        ValueError: the sizes are not such multiples; ``mean`` or ``std`` does not fit, requires grad or is not
+            positive; or another argument has a value that it cannot have.
+    """
+    op = "wavelet_tokens"
+    check_tensor(op, x)
+    check_dtype(op, x.dtype, or_bytes=True)
+    levels, factor = check_level(op, levels, "number of levels"), factor_of(op, norm)
+    scales = _scales(op, scales, levels)
+    rows_columns = _grid(op, grid)
+    if x.ndim != 4 or x.shape[1] < 1:
+        raise ValueError(f"{op} takes images [B, C, H, W] of at least one channel, not a shape of {tuple(x.shape)}")
+    gain, bias = affine_of(op, x, affine)
+    dtype = result_dtype(x, result_type(op, dtype))
+    shift = scale = None
+    halvings = levels + 1 - scales if norm == "ortho" else 0
+    if mean is not None or std is not None or halvings:
+        # (2^n m - mean) / std for a coefficient m of x, which is the full image's approximation / 2^n.
+        channels = scale_channels(x.shape[1], scales - 1)
+        shift, scale = _constants(op, mean, std, levels, channels, 0.5**halvings, x, divide=True)
+    outs = None
+    if out is not None:
+        if not isinstance(out, (tuple, list)):
+            raise ValueError(f"out of {op} must be a list of {scales} tensors, not {described(out)}")
+        outs = list(out)
+        check_grid(op, x.shape[2], x.shape[3], scales - 1, rows_columns)
+        check_out(op, outs, token_shapes(x.shape, scales - 1, rows_columns), dtype, [x])
+    tokens = wavelet_tokens_autograd.wavelet_tokens(
+        x, scales - 1, rows_columns, factor, shift, scale, gain, bias, dtype, energies, outs
+    )
+    return (tokens[:-1], tokens[-1].detach()) if energies else tokens
+
+
+def wavelet_untokens(
+    tokens: Sequence[Tensor],  # the first k scales: [B, gh gw, D_s] each, coarse first
+    grid: int | Sequence[int],
+    mean: Constants | None = None,
+    std: Constants | None = None,
+    *,
+    levels: int | None = None,
+    channels: int | None = None,
+    output_size: Sequence[int] | None = None,
+    norm: str = "ortho",
+    out: Tensor | None = None,
+) -> Tensor:  # [B, C, H, W]
+    """Inverse of :func:`wavelet_tokens`, also for a prefix of the scales.
+
+    The first k of ``levels + 1`` scales give the image at their resolution, 2^-(levels + 1 - k) of the full one: its
+    pixels are the means of the full image's blocks.
+
+    Args:
+        tokens: the scales that are there, coarse first.
+        grid, mean, std, norm: those of :func:`wavelet_tokens`; ``mean`` and ``std`` have ``levels + 1`` entries.
+        levels: of the full image; unless given, all scales are there.
+        channels: C. The patches are square then, unless ``output_size`` says what they are.
+        output_size: ``(H, W)`` of the image returned. One of ``channels`` and ``output_size`` is needed.
+        out: a tensor to write to.
+
+    Raises:
+        TypeError: the tokens are not tensors of one of the four floating-point dtypes.
+        ValueError: the tokens fit no such image or each other, ``mean`` or ``std`` does not fit, or another argument
+            has a value that it cannot have.
+    """
+    op = "wavelet_untokens"
+    if not isinstance(tokens, (tuple, list)) or len(tokens) == 0:
+        raise ValueError(f"{op} takes the tokens of at least one scale in a list, not {described(tokens)}")
+    for one in tokens:
+        check_tensor(op, one)
+    check_dtype(op, tokens[0].dtype)
+    scales = len(tokens)
+    levels = scales - 1 if levels is None else check_level(op, levels, "number of levels")
+    if scales > levels + 1:
+        raise ValueError(f"{op} takes at most {levels + 1} scales of {levels} levels, not {scales}")
+    factor = factor_of(op, norm, inverse=True)
+    rows_columns = _grid(op, grid)
+    image = _image(op, tokens[0], rows_columns, channels, size_of(op, output_size), scales - 1)
+    shift = scale = None
+    halvings = levels + 1 - scales if norm == "ortho" else 0
+    if mean is not None or std is not None or halvings:
+        channels_of = scale_channels(image[0], scales - 1)
+        shift, scale = _constants(op, mean, std, levels, channels_of, 0.5**halvings, tokens[0], divide=False)
+    if out is not None:
+        check_out(op, [out], [(tokens[0].shape[0], *image)], tokens[0].dtype, list(tokens))
+    return wavelet_tokens_autograd.wavelet_untokens(tokens, image, rows_columns, factor, shift, scale, out)
+
+
+def _scales(op: str, scales: Any, levels: int) -> int:
+    count = levels + 1 if scales is None else check_level(op, scales, "number of scales")
+    if not 1 <= count <= levels + 1:
+        raise ValueError(f"{op} takes 1 to {levels + 1} scales of {levels} levels, not {count}")
+    return count
+
+
+def _grid(op: str, grid: Any) -> tuple[int, int]:
+    if type(grid) is int and grid > 0:
+        return grid, grid
+    pair = (grid, grid) if isinstance(grid, int) else tuple(grid) if isinstance(grid, (tuple, list)) else ()
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
+        raise ValueError(f"{op} takes a grid of at least 1 x 1 tokens, as (rows, columns) or one number, not {grid!r}")
+    return pair
+
+
+def _image(
+    op: str, first: Tensor, grid: tuple[int, int], channels: Any, size: tuple[int, int] | None, level: int
+) -> tuple[int, int, int]:
+    """C, H and W of the image whose approximation has these tokens."""
+    if first.ndim != 3 or first.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f"{op} takes tokens [B, {grid[0] * grid[1]}, D] of a grid of {grid[0]} x {grid[1]}, not of a shape of "
+            f"{tuple(first.shape)}"
+        )
+    length = first.shape[2]
+    if size is not None:
+        check_grid(op, *size, level, grid)
+        patch = (size[0] // 2**level // grid[0]) * (size[1] // 2**level // grid[1])
+        if length % patch or length == 0 or channels not in (None, length // patch):
+            raise ValueError(
+                f"an image of {size[0]} x {size[1]} has approximation tokens of {patch} values a channel, but these "
+                f"have {length}" + ("" if channels is None else f" for {channels} channels")
+            )
+        return length // patch, *size
+    if channels is None:
+        raise ValueError(f"{op} takes channels=, or output_size=(H, W) where patches are not square")
+    channels = check_level(op, channels, "number of channels")
+    side = math.isqrt(length // channels) if channels else 0
+    if side < 1 or channels * side**2 != length:
+        raise ValueError(
+            f"approximation tokens of {length} values are not square patches of {channels} channels: give "
+            "output_size=(H, W) where they are not square"
+        )
+    return channels, grid[0] * side * 2**level, grid[1] * side * 2**level
+
+
+def _constants(
+    op: str,
+    mean: Any,
+    std: Any,
+    levels: int,
+    channels: Sequence[int],  # of the scales that are there
+    factor: float,  # of the coefficients of the image at hand, to those of the full image
+    like: Tensor,
+    *,
+    divide: bool,
+) -> tuple[Tensor, Tensor]:
+    """``factor`` times the mean, and times the deviation or its inverse, of every channel of the scales."""
+    means, deviations = (
+        _checked_constants(op, name, constants, absent, levels, channels)
+        for name, constants, absent in (("mean", mean, 0.0), ("std", std, 1.0))
+    )
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if not any(isinstance(entry, Tensor) for entry in (*means, *deviations)):
+        # Numbers alone: one tensor for both, made at once.
+        scales = [1 / (factor * value) if divide else factor * value for value in deviations]
+        values = [factor * value for value, count in zip(means, channels) for _ in range(count)]
+        values += [value for value, count in zip(scales, channels) for _ in range(count)]
+        shift, scale = torch.tensor(values, dtype=dtype, device=like.device).view(2, -1).unbind(0)
+        return shift, scale
+    shift, scale = (
+        torch.cat(
+            [
+                torch.as_tensor(entry, dtype=dtype, device=like.device).expand(count)
+                for entry, count in zip(constants, channels)
+            ]
+        )
+        for constants in (means, deviations)
+    )
+    return factor * shift, 1 / (factor * scale) if divide else factor * scale
+
+
+def _checked_constants(
+    op: str, name: str, constants: Any, absent: float, levels: int, channels: Sequence[int]
+) -> Sequence[float | Tensor]:
+    if constants is None:
+        return [absent] * (levels + 1)
+    if not isinstance(constants, (tuple, list)) or len(constants) != levels + 1:
+        raise ValueError(
+            f"{op} takes {name} as a list of {levels + 1} entries, one for each scale, not {described(constants)}"
+        )
+    for scale, entry in enumerate(constants):
+        _check_constant(op, name, scale, entry, channels)
+    return constants
+
+
+def _check_constant(op: str, name: str, scale: int, entry: Any, channels: Sequence[int]) -> None:
+    """Raises unless the entry is one number, or one for each channel of the scale where that is there."""
+    if isinstance(entry, Tensor):
+        if entry.requires_grad:
+            raise ValueError(f"{name} of scale {scale} requires grad, but {op} takes constants: detach() it")
+        if entry.ndim > 1 or (entry.ndim == 1 and scale < len(channels) and entry.shape[0] != channels[scale]):
+            raise ValueError(
+                f"{name} of scale {scale} must be a number or a tensor ({channels[min(scale, len(channels) - 1)]},), "
+                f"not of shape {tuple(entry.shape)}"
+            )
+    elif isinstance(entry, bool) or not isinstance(entry, (int, float)):
+        raise TypeError(f"{op} takes numbers or tensors in {name}, not {described(entry)}")
+    elif name == "std" and not entry > 0:
+        raise ValueError(f"std of scale {scale} must be positive, not {entry}")
