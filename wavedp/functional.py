@@ -2,8 +2,8 @@
 """Public functions on tensors: the Haar transform with PyWavelets' names, order, signs and modes, and its tokens.
 
 ``docs/wavelets.md`` is the user's page. All functions take ``[..., H, W]`` tensors of float16, bfloat16, float32 or
-float64 with any strides on any device, keep the dtype (half precision is computed in float32 through all levels,
-eight at a time, and rounded once), and can be differentiated any number of times.
+float64 with any strides on any device, keep the dtype (half precision is computed in float32 through all levels and
+rounded once), and can be differentiated any number of times.
 
 ``norm="ortho"`` is the orthonormal transform. With ``norm="mean"`` the approximation is the mean of its block and a
 detail the mean of its block under the detail's signs: 2^-k times the orthonormal band of level k.
@@ -31,7 +31,7 @@ from wavedp.ops.arguments import (
     same_kind,
     size_of,
 )
-from wavedp.ops.eager import is_plain
+from wavedp.ops.eager import are_plain_alike, is_plain
 from wavedp.ops.out import check_out
 from wavedp.ops.wavelet import band_shapes, check_dtype, compute_wavedec2, compute_waverec2_of, result_dtype
 from wavedp.tokens import wavelet_tokens, wavelet_untokens
@@ -109,7 +109,7 @@ def wavedec2(
     The bands of level ``k`` are ``[..., ceil(H/2^k), ceil(W/2^k)]``, all of them contiguous views of one allocation
     in the order of the list. Level 0 gives ``[x]``. An axis that has come down to one sample stays at one and is
     completed by ``mode``, as in PyWavelets, which warns of it. The image is read once and each band written once;
-    more than eight levels are computed eight at a time, with the approximation between them in the dtype of ``x``.
+    more than eight levels are computed eight at a time, from a copy in float32 where ``x`` is in half precision.
 
     Raises:
         TypeError: as :func:`dwt2`, or ``level`` is not an integer.
@@ -235,11 +235,12 @@ def _composed(op: str, bands: list[Any], output_size: Any, norm: str, out: Tenso
     given = [band for band in bands if band is not None]
     if not given:
         raise ValueError(f"{op} takes at least one band that is not None")
-    plain = is_plain(*given)
+    plain = are_plain_alike(given)
     if not plain:
         for band in given:
             check_tensor(op, band)
-    same_kind(op, given)
+        same_kind(op, given)
+        plain = is_plain(*given)
     check_dtype(op, given[0].dtype)
     if len(bands) == 1:
         return _of_no_level(op, given[0], size, out)

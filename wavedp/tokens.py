@@ -5,7 +5,9 @@ They are public as ``wavedp.wavelet_tokens`` and ``wavedp.wavelet_untokens``; ``
 """
 
 import math
+import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -61,8 +63,9 @@ def wavelet_tokens(
     Raises:
         TypeError: ``x`` is not a tensor of uint8 or of one of the four floating-point dtypes, ``levels`` is no integer,
             or ``out`` does not hold such tensors.
-        ValueError: the sizes are not such multiples; ``mean`` or ``std`` does not fit, requires grad or is not
-            positive; or another argument has a value that it cannot have.
+        ValueError: the sizes are not such multiples; ``mean`` or ``std`` does not fit or requires grad; a number in
+            ``std`` is not positive (tensors are not looked into); or another argument has a value that it cannot
+            have.
     """
     op = "wavelet_tokens"
     check_tensor(op, x)
@@ -156,10 +159,10 @@ def _scales(op: str, scales: Any, levels: int) -> int:
 def _grid(op: str, grid: Any) -> tuple[int, int]:
     if type(grid) is int and grid > 0:
         return grid, grid
-    pair = (grid, grid) if isinstance(grid, int) else tuple(grid) if isinstance(grid, (tuple, list)) else ()
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
+    pair = tuple(grid) if isinstance(grid, (tuple, list)) else (grid, grid)
+    if len(pair) != 2 or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in pair):
         raise ValueError(f"{op} takes a grid of at least 1 x 1 tokens, as (rows, columns) or one number, not {grid!r}")
-    return pair
+    return operator.index(pair[0]), operator.index(pair[1])
 
 
 def _image(
@@ -253,7 +256,7 @@ def _check_constant(op: str, name: str, scale: int, entry: Any, channels: Sequen
                 f"{name} of scale {scale} must be a number or a tensor ({channels[min(scale, len(channels) - 1)]},), "
                 f"not of shape {tuple(entry.shape)}"
             )
-    elif isinstance(entry, bool) or not isinstance(entry, (int, float)):
+    elif isinstance(entry, bool) or not isinstance(entry, Real):
         raise TypeError(f"{op} takes numbers or tensors in {name}, not {described(entry)}")
-    elif name == "std" and not entry > 0:
+    elif name == "std" and not float(entry) > 0:
         raise ValueError(f"std of scale {scale} must be positive, not {entry}")

@@ -34,11 +34,9 @@ struct Work {
 
 // A pool does not survive fork(): the child would wait for threads that it does not have.
 std::atomic<bool> forked{false};
+const bool watched = pthread_atfork(nullptr, nullptr, [] { forked.store(true); }) == 0;
 
-bool has_pool() {
-  static const int watched = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
-  return watched == 0 && GOMP_parallel && !forked.load();
-}
+bool has_pool() { return watched && GOMP_parallel && !forked.load(); }
 
 }  // namespace
 

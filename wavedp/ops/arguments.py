@@ -3,6 +3,7 @@
 
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ def affine_of(op: str, x: Tensor, affine: Any) -> tuple[float, float]:
         return 1 / 255, 0.0
     if not isinstance(affine, (tuple, list)) or len(affine) != 2:
         raise ValueError(f"{op} takes affine (gain, bias), not {affine!r}")
+    if not all(isinstance(number, Real) for number in affine):
+        raise TypeError(f"{op} takes two numbers in affine (gain, bias), not {tuple(affine)!r}")
     return float(affine[0]), float(affine[1])
 
 

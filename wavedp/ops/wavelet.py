@@ -19,8 +19,10 @@ from wavedp.reference.wavelet import EDGE_OF_MODE, Edge, band_sizes
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What the ops take; half precision is computed in float32 and rounded once."""
 
+_HALF = (torch.float16, torch.bfloat16)
+
 MAX_FUSED_LEVELS = 8
-"""Levels of one call of a backend. More are chained, through an approximation in the dtype of the input."""
+"""Levels of one call of a backend. More are chained, in the precision of the arithmetic."""
 
 
 def check_dtype(op: str, dtype: torch.dtype, *, or_bytes: bool = False) -> None:
@@ -117,7 +119,9 @@ def compute_wavedec2(
     edge = _edge_of(op, x.dtype, x.shape, level, mode)
     forward = implementation("wavelet", x.device).wavedec2_forward
     bands: list[Tensor]
-    if level > MAX_FUSED_LEVELS:
+    if level > MAX_FUSED_LEVELS and x.dtype in _HALF:
+        bands = [band.to(x.dtype) for band in compute_wavedec2(x.float(), level, mode, factor, op=op)]
+    elif level > MAX_FUSED_LEVELS:
         approximation, *finer = forward(x, MAX_FUSED_LEVELS, edge, factor)
         bands = [*compute_wavedec2(approximation, level - MAX_FUSED_LEVELS, mode, factor), *finer]
     elif out is not None and writes_into(forward, out):
@@ -173,8 +177,13 @@ def compute_waverec2_of(
     out: Tensor | None = None,
 ) -> Tensor:
     """:func:`compute_waverec2` of bands and ``out`` that are checked already."""
+    image: Tensor
     level = len(bands) // 3
     edge = _edge_of("waverec2", first.dtype, (height, width), level, mode)
+    if level > MAX_FUSED_LEVELS and first.dtype in _HALF:
+        wide = [None if band is None else band.float() for band in bands]
+        image = compute_waverec2_of(wide, first.float(), height, width, mode, factor).to(first.dtype)
+        return image if out is None else out.copy_(image)
     if level > MAX_FUSED_LEVELS:
         finest = 3 * MAX_FUSED_LEVELS
         coarser, approximation = bands[:-finest], None
@@ -186,7 +195,7 @@ def compute_waverec2_of(
     if out is not None and writes_into(forward, [out]):
         forward(bands, height, width, edge, factor, out=out)
         return out
-    image: Tensor = forward(bands, height, width, edge, factor)
+    image = forward(bands, height, width, edge, factor)
     return image if out is None else out.copy_(image)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wavedp.ops.backend import requested_backend, use_backend
-from wavedp.ops.eager import is_differentiated, is_plain
+from wavedp.ops.eager import are_plain_alike, is_differentiated, is_plain
 from wavedp.ops.out import copied
 from wavedp.ops.wavelet import LIBRARY, torch_library
 from wavedp.ops.wavelet_autograd import batched
@@ -55,7 +55,8 @@ def wavelet_untokens(
     out: Tensor | None = None,
 ) -> Tensor:
     """``torch.ops.wavedp.wavelet_untokens``, with forward-mode derivatives and for ``torch.func`` too."""
-    if is_plain(*tokens, *[one for one in (shift, scale, out) if one is not None]):
+    others = [one for one in (shift, scale, out) if one is not None]
+    if are_plain_alike(tokens) if not others else is_plain(*tokens, *others):
         return compute_wavelet_untokens(tokens, image, grid, factor, shift, scale, out)
     result: Tensor
     if is_differentiated(*tokens):
