@@ -21,8 +21,8 @@ help: ## list the targets
 demo: $(VENV)/demo.stamp ## private digits in, synthetic digits out: runs/demo, in minutes on a CPU
 	$(BIN)/wavedp demo --out runs/demo
 
-test: $(VENV)/dev.stamp ## run the test-suite; needs no network once installed
-	$(BIN)/pytest $(PYTEST_FLAGS)
+test: $(VENV)/dev.stamp ## run the test-suite, a process a core; needs no network once installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto $(PYTEST_FLAGS)
 
 lint: $(VENV)/dev.stamp ## ruff (lint and format) and clang-format
 	$(BIN)/ruff check .

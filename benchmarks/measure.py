@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import statistics
 import sys
 import time
@@ -59,20 +60,22 @@ def time_in_turns(
     sample_seconds: float,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Timing]:
-    """Takes ``repeats`` samples of every function, in turns, each time beginning with another one.
+    """Takes ``repeats`` samples of every function, in turns, in an order that is shuffled for each repeat.
 
-    Functions have been called once before. A sample lasts about ``sample_seconds``, or one call.
+    Functions have been called once before. A sample lasts about ``sample_seconds``, or one call, and follows an untimed
+    call: the caches are then as the function itself leaves them. The orders are the same in every run.
     """
     names = list(functions)
     calls = {name: calls_for(functions[name], device, sample_seconds) for name in names}
     taken: dict[str, list[float]] = {name: [] for name in names}
+    shuffled = random.Random(0)
     gc.collect()
     gc.disable()
     try:
         for repeat in range(repeats):
             progress(f"repeat {repeat + 1} of {repeats}")
-            first = repeat % len(names)
-            for name in names[first:] + names[:first]:
+            for name in shuffled.sample(names, len(names)):
+                functions[name]()
                 taken[name].append(sample(functions[name], calls[name], device))
     finally:
         gc.enable()

@@ -53,8 +53,8 @@ def draw(path: Path) -> Path:
         draw_panel(panel, rows_of(rows, shape, dtype))
         panel.set_title(f"{shape} {dtype}", loc="left", fontsize=10, fontweight="bold")
     axes[-1, 0].set_xlabel(
-        "rate relative to the floor: copy_ for out=, clone() for fresh results, reading for coarse,\n"
-        "one multiplication for the small image (log scale; whiskers: 20% to 80% of the samples)"
+        "rate relative to the floor: copy_ for out=, clone() for fresh results, sum() of the input for coarse,\n"
+        "torch.mul(x, x) for the small image (log scale; whiskers: 20% to 80% of the samples)"
     )
     named: dict[str, Any] = {}
     for panel in axes[:, 0]:

@@ -11,8 +11,8 @@ BAR = 16  # cells up to the floor; twice as many are drawn
 HEADINGS = {
     "copy_": "into existing tensors; the floor is copy_ of as many bytes",
     "clone": "fresh results; the floor is clone() of as many bytes",
-    "sum": "one band; the floor is reading the input",
-    "torch.mul": "one small image; the floor is multiplying it",
+    "sum": "one band; the floor is sum() of as many bytes as the input has",
+    "torch.mul": "one small image x; the floor is torch.mul(x, x)",
 }
 Row = Mapping[str, str]
 
@@ -24,15 +24,17 @@ def block(rows: Sequence[Row], stream: TextIO) -> Iterator[str]:
     for floor in dict.fromkeys(row["floor"] for row in rows):
         here = [row for row in rows if row["floor"] == floor]
         small = floor == "torch.mul"
-        heading = f"{'us above' if small else 'GB/s':>9} {'x floor':>8}  fraction of the floor"
+        width = 14 if small else 9
+        heading = f"{'over torch.mul' if small else 'GB/s':>{width}} {'x floor':>8}  fraction of the floor"
         yield f"  {HEADINGS[floor]}"
         yield f"    {'':<26} {'median':>9} {'20%':>9} {'80%':>9} {heading}"
         least = float(next(row["median_ms"] for row in here if row["provider"] == floor))
         for row in here:
             ratio = float(row["floor_ratio"])
-            rate = (float(row["median_ms"]) - least) * 1e3 if small else float(row["gb_per_s"])
+            over = f"{(float(row['median_ms']) - least) * 1e3:.1f} us"
+            cost = over if small else f"{float(row['gb_per_s']):.1f}"
             times = " ".join(f"{human_time(row[column]):>9}" for column in ("median_ms", "q20_ms", "q80_ms"))
-            yield f"    {row['provider']:<26} {times} {rate:>9.1f} {ratio:>7.2f}x  {bar(ratio, stream)}"
+            yield f"    {row['provider']:<26} {times} {cost:>{width}} {ratio:>7.2f}x  {bar(ratio, stream)}"
 
 
 def bar(ratio: float, stream: TextIO) -> str:

@@ -10,6 +10,7 @@ import argparse
 import csv
 import datetime
 import functools
+import os
 import platform
 import re
 import subprocess
@@ -66,11 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--sample-ms must be more than 0, not {arguments.sample_ms}")
     if arguments.quick and arguments.out is not None and arguments.out.resolve() == HERE / "results":
         raise ValueError("--quick times nothing worth keeping: name another folder with --out")
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, not {device}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a CUDA device")
+    device = chosen_device(arguments.device)
 
     keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # rivals convolve in float32 proper: TF32 fails the check
@@ -85,6 +82,24 @@ def run(arguments: argparse.Namespace) -> None:
                 rows += run_size(case, size, device, arguments.repeats, sample_seconds, quick=arguments.quick)
             if arguments.out is not None:
                 write_rows(arguments.out / f"{suite}-{slug(device_name(device))}.csv", rows)
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device to time; one of several CUDA devices becomes the current one, on whose stream time is taken.
+
+    Raises:
+        ValueError: it is neither a CPU nor a CUDA device, or there is none such.
+    """
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, not {device}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a CUDA device")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {device} is not there; the last is cuda:{torch.cuda.device_count() - 1}")
+        torch.cuda.set_device(device)
+    return device
 
 
 def chosen_cases(suite: str | None, names: Sequence[str]) -> dict[str, list[Case]]:
@@ -169,17 +184,23 @@ def run_size(
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Writes the rows, and keeps those of the file's cases that did not run this time."""
+    """Writes the rows, and keeps those of the file's cases that did not run this time.
+
+    The columns are those of ``rows``: kept rows lose others and are empty where they lack one. The file is replaced
+    as a whole, so that a run that fails here leaves the results that there were.
+    """
     ran = {row["case"] for row in rows}
     kept: list[Row] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.DictReader(file) if row["case"] not in ran]
+            kept = [row for row in csv.DictReader(file) if row.get("case") not in ran]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *rows])
+    os.replace(unfinished, path)
 
 
 def device_name(device: torch.device) -> str:

@@ -101,7 +101,7 @@ def large_table(rows: Sequence[Row]) -> list[str]:
 def small_table(rows: Sequence[Row]) -> list[str]:
     """Microseconds of a call on one small image, beside one multiplication of it."""
     lines = [
-        f"| one image, {rows[0]['shape']} | `torch.mul`, us | `wavedp`, us | above `torch.mul` | best other, us |",
+        f"| one image, {rows[0]['shape']} | `torch.mul`, us | `wavedp`, us | over `torch.mul`, us | best other, us |",
         "|---" * 5 + "|",
     ]
     for (case,) in distinct(rows, "case"):

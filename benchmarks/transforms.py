@@ -3,6 +3,8 @@
 
 Each keeps its coefficients in a layout of its own. ``pack`` and ``unpack`` go there from the flat list of bands that
 this package uses (LL of the coarsest level, then LH, HL, HH of each level, coarsest first), and are not timed.
+``from_scales`` and ``to_scales`` do so from LL and the details of each level as one tensor [B, 3, C, h, w], which
+tokens are made of; they are timed with the tokens, and are views where the layout allows.
 """
 
 from __future__ import annotations
@@ -43,6 +45,23 @@ class Transform:
     unpack: Callable[[Any], list[Tensor]] = list
     image: Callable[[Any], Tensor] = lambda x: x  # what the inverse returns -> a tensor
     differentiable: bool = True
+    channels_first: Callable[[Any], list[Tensor]] | None = None  # LL, [B, C, 3, h, w], ...: how it keeps them
+    from_channels_first: Callable[[list[Tensor]], Any] = list
+
+    def to_scales(self, coefficients: Any) -> list[Tensor]:
+        """LL, then the details of each level, [B, 3, C, h, w], coarse to fine."""
+        if self.channels_first is not None:
+            low, *details = self.channels_first(coefficients)
+            return [low, *(bands.transpose(1, 2) for bands in details)]
+        low, *bands = self.unpack(coefficients)
+        return [low, *(torch.stack(bands[i : i + 3], dim=1) for i in range(0, len(bands), 3))]
+
+    def from_scales(self, scales: Sequence[Tensor]) -> Any:
+        """The inverse of ``to_scales``; never a copy."""
+        low, *details = scales
+        if self.channels_first is not None:
+            return self.from_channels_first([low, *(bands.transpose(1, 2) for bands in details)])
+        return self.pack([low, *(band for bands in details for band in bands.unbind(1))])
 
 
 def transforms(level: int, size: Size, device: torch.device) -> dict[str, Transform]:
@@ -52,7 +71,7 @@ def transforms(level: int, size: Size, device: torch.device) -> dict[str, Transf
         found |= {f"wavedp {name}": haar(level, name) for name in ("triton", "cuda") if name in available_backends()}
     if size.ours_only:
         return found
-    if is_compiled(size, device):
+    if is_compiled(device):
         found["torch.compile"] = compiled(level, size)
     found["eager"] = eager(level, size)
     found["F.conv2d"] = convolution(level, size, device)
@@ -68,10 +87,10 @@ def transforms(level: int, size: Size, device: torch.device) -> dict[str, Transf
     return found
 
 
-def is_compiled(size: Size, device: torch.device) -> bool:
-    """Whether torch.compile is a rival: it needs a compiler, and its calls cost more than a small image."""
+def is_compiled(device: torch.device) -> bool:
+    """Whether torch.compile is a rival: on a CPU it needs a C++ compiler."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    return size.shape[0] > 1 and (device.type == "cuda" or compiler is not None)
+    return device.type == "cuda" or compiler is not None
 
 
 def flat(coefficients: Any) -> list[Any]:
@@ -143,7 +162,7 @@ def convolution(level: int, size: Size, device: torch.device) -> Transform:
             x = F.conv_transpose2d(bands, filters, stride=2, groups=channels)
         return x
 
-    return Transform(forward, inverse, stacked, unstacked)
+    return Transform(forward, inverse, stacked, unstacked, channels_first=list)
 
 
 def stacked(bands: Bands) -> list[Tensor]:
@@ -172,11 +191,22 @@ def pytorch_wavelets(level: int, size: Size, device: torch.device) -> Transform:
     forward = DWTForward(J=level, wave="haar", mode="zero").to(device, size.dtype)
     inverse = DWTInverse(wave="haar", mode="zero").to(device, size.dtype)
 
-    def pack(bands: Bands) -> tuple[Tensor, list[Tensor]]:
-        low, *details = stacked(bands)
+    def coarse_to_fine(coefficients: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
+        low, details = coefficients
+        return [low, *details[::-1]]
+
+    def fine_to_coarse(coefficients: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        low, *details = coefficients
         return low, details[::-1]
 
-    return Transform(forward, inverse, pack, lambda coefficients: unstacked([coefficients[0], *coefficients[1][::-1]]))
+    return Transform(
+        forward,
+        inverse,
+        pack=lambda bands: fine_to_coarse(stacked(bands)),
+        unpack=lambda coefficients: unstacked(coarse_to_fine(coefficients)),
+        channels_first=coarse_to_fine,
+        from_channels_first=fine_to_coarse,
+    )
 
 
 @contextmanager

@@ -34,6 +34,16 @@ inline int64_t checked_elements(int64_t n, int64_t height, int64_t width) {
   return n * height * width;
 }
 
+// The number of images of two axes.
+inline int64_t checked_images(const char* outer_name, int64_t outer, const char* inner_name, int64_t inner) {
+  constexpr int64_t max = std::numeric_limits<int64_t>::max();
+  check_range(outer_name, outer, 0, max);
+  check_range(inner_name, inner, 0, max);
+  if (outer > 0 && inner > max / outer)
+    throw std::invalid_argument("the number of images does not fit in 64 bits");
+  return outer * inner;
+}
+
 inline DType checked_dtype(const char* name, int dtype, DType last) {
   check_range(name, dtype, 0, static_cast<int>(last));
   return static_cast<DType>(dtype);
@@ -54,10 +64,7 @@ inline void check_precision(DType image, DType result) {
 inline Images images_of(std::uintptr_t x, int dtype, double gain, double bias, const ImageAxes& axes) {
   const auto [outer, inner, height, width, stride_outer, stride_inner, stride_h, stride_w] = axes;
   constexpr int64_t max = std::numeric_limits<int64_t>::max();
-  check_range("outer", outer, 0, max);
-  check_range("inner", inner, 0, max);
-  if (outer > 0 && inner > max / outer) throw std::invalid_argument("outer * inner does not fit in 64 bits");
-  const int64_t elements = checked_elements(outer * inner, height, width);
+  const int64_t elements = checked_elements(checked_images("outer", outer, "inner", inner), height, width);
   for (const int64_t stride : {stride_outer, stride_inner, stride_h, stride_w}) {
     check_range("a stride", stride, 0, max);
   }
@@ -118,8 +125,8 @@ inline Waverec2 waverec2_job(const Addresses& bands, std::uintptr_t x, int dtype
 }
 
 inline void check_grid(int64_t height, int64_t width, int levels, int64_t grid_h, int64_t grid_w) {
-  check_range("grid_h", grid_h, 1, height);
-  check_range("grid_w", grid_w, 1, width);
+  check_range("grid_h", grid_h, 1, height >> levels);
+  check_range("grid_w", grid_w, 1, width >> levels);
   if (height % (grid_h << levels) || width % (grid_w << levels)) {
     throw std::invalid_argument("height and width must be multiples of 2^levels times the grid");
   }
@@ -156,11 +163,10 @@ inline WaveletUntokens wavelet_untokens_job(const Addresses& tokens, std::uintpt
                                             std::uintptr_t shift, std::uintptr_t scale) {
   check_range("levels", levels, 1, kMaxLevels);
   check_range("the number of scales", static_cast<int64_t>(tokens.size()), levels + 1, levels + 1);
-  check_range("batch", batch, 0, std::numeric_limits<int32_t>::max() * int64_t(1) << 16);
-  check_range("channels", channels, 0, std::numeric_limits<int32_t>::max());
-  check_grid(height, width, levels, grid_h, grid_w);
   WaveletUntokens job{};
-  const int64_t elements = checked_elements(batch * channels, height, width);
+  const int64_t elements =
+      checked_elements(checked_images("batch", batch, "channels", channels), height, width);
+  check_grid(height, width, levels, grid_h, grid_w);
   for (std::size_t s = 0; s < tokens.size(); ++s) {
     job.tokens[s] = checked_address("a scale", tokens[s], elements);
   }

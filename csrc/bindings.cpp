@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "arguments.h"
+#include "cpu/team.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_csrc, m, py::mod_gil_not_used()) {
   m.def("wavelet_untokens", &wavelet_untokens, "tokens"_a, "x_ptr"_a, "dtype"_a, "batch"_a, "channels"_a,
         "height"_a, "width"_a, "levels"_a, "factor"_a, "grid_h"_a, "grid_w"_a, "shift_ptr"_a, "scale_ptr"_a,
         "threads"_a, unlocked);
+  m.def("leave_pool", &wavedp::leave_pool);
   m.def("isa", &wavedp::cpu_isa);
   m.def("set_isa", &set_isa, "name"_a);
 }

@@ -16,7 +16,6 @@ namespace wavedp {
 // 16-bit types are computed in float32 through all levels and rounded once, to nearest even; float64 stays
 // float64. Bytes are images only: a sample is gain * x + bias in float32.
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kUInt8 };
-constexpr int kDTypes = 5;
 
 // What stands for the missing sample x[N] after an axis of odd length N:
 // 0, x[N-1], x[0], x[N-2], -x[N-1], 2 x[N-1] - x[N-2].

@@ -33,7 +33,14 @@ from wavedp.ops.arguments import (
 )
 from wavedp.ops.eager import are_plain_alike, is_plain
 from wavedp.ops.out import check_out
-from wavedp.ops.wavelet import band_shapes, check_dtype, compute_wavedec2, compute_waverec2_of, result_dtype
+from wavedp.ops.wavelet import (
+    band_shapes,
+    check_dtype,
+    check_image,
+    compute_wavedec2,
+    compute_waverec2_of,
+    result_dtype,
+)
 from wavedp.tokens import wavelet_tokens, wavelet_untokens
 
 Details: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -191,6 +198,7 @@ def coarse(
         check_out("coarse", [out], band_shapes(x.shape, level)[:1], dtype, [x])
     if level > 0:
         return wavelet_autograd.coarse(x, level, mode, factor, gain, bias, dtype, out)
+    check_image("coarse", x.shape, mode)
     if x.dtype == torch.uint8:
         x = x.float() * gain + bias
     return x.to(dtype) if out is None else out.copy_(x)
@@ -213,6 +221,7 @@ def _decomposed(op: str, x: Tensor, level: int, mode: str, norm: str, out: Any) 
             return compute_wavedec2(x, level, mode, factor, outs, op)
     if level > 0:
         return wavelet_autograd.wavedec2(x, level, mode, factor, outs)
+    check_image(op, x.shape, mode)
     return [x if outs is None else outs[0].copy_(x)]
 
 

@@ -140,7 +140,7 @@ def coarse(size: Size, device: torch.device) -> Mapping[str, Provider]:
     else:
         (gain, bias), pool = (1.0, 0.0), pooled
     eager = partial(coarse_forward, level=LEVEL, edge=Edge.REPEAT, factor=0.5, gain=gain, bias=bias)
-    if is_compiled(size, device):
+    if is_compiled(device):
         ours["torch.compile"] = fresh(torch.compile(eager, dynamic=False))
         ours["avg_pool2d, torch.compile"] = fresh(torch.compile(pool, dynamic=False))
     return ours | {"avg_pool2d": fresh(pool), "eager": fresh(eager)}

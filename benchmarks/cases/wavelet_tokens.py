@@ -15,7 +15,6 @@ from wavedp.benchmarks.cases.wavelet import written
 from wavedp.benchmarks.registry import Case, Provider, Shape, Size, Thunk
 from wavedp.benchmarks.transforms import Transform, is_compiled, transforms
 from wavedp.reference.wavelet_tokens import (
-    patchify,
     scale_channels,
     unpatchify,
     wavelet_tokens_forward,
@@ -50,6 +49,18 @@ def image_of(shape: Shape, tokens: Sequence[Tensor], shift: Tensor, scale: Tenso
     return wavelet_untokens_forward(tokens, channels, height, width, grid_of(shape), 0.5, shift, scale)
 
 
+def along(values: Tensor, scale: Tensor) -> Tensor:
+    """One value for each channel of a scale [B, C, h, w] or [B, 3, C, h, w], so that they broadcast."""
+    return values.view(*scale.shape[1:-2], 1, 1)
+
+
+def patches(scale: Tensor, grid: tuple[int, int]) -> Tensor:
+    """:func:`patchify` of [B, C, h, w] or of [B, 3, C, h, w] in any layout: one copy, into the tokens."""
+    rows, columns = grid
+    blocks = scale.unflatten(-1, (columns, -1)).unflatten(-3, (rows, -1))  # [B, ..., C, rows, p, columns, q]
+    return blocks.movedim((-4, -2), (1, 2)).flatten(3).flatten(1, 2)
+
+
 def analysis(size: Size, device: torch.device) -> Mapping[str, Provider]:
     grid = grid_of(size.shape)
     means, deviations = statistics(size.shape[1], device)
@@ -61,17 +72,16 @@ def analysis(size: Size, device: torch.device) -> Mapping[str, Provider]:
 
     def rival(transform: Transform) -> Provider:
         def tokens(x: Tensor) -> list[Tensor]:
-            bands = transform.unpack(transform.forward(x))
-            maps = [bands[0], *(torch.cat(bands[i : i + 3], dim=1) for i in range(1, len(bands), 3))]
-            normal = [(m - a[:, None, None]) / b[:, None, None] for m, a, b in zip(maps, means, deviations)]
-            return [patchify(m.to(x.dtype), grid) for m in normal]
+            maps = transform.to_scales(transform.forward(x))
+            normal = [(m - along(a, m)) / along(b, m) for m, a, b in zip(maps, means, deviations)]
+            return [patches(m.to(x.dtype), grid) for m in normal]
 
         return Provider(lambda inputs, out: partial(tokens, inputs[0]))
 
     found = written(ours, device) | {"wavedp": Provider(lambda inputs, out: ours(inputs, None))}
     if size.ours_only:
         return found
-    if is_compiled(size, device):
+    if is_compiled(device):
         compiled = torch.compile(definition, dynamic=False)
         found["torch.compile"] = Provider(lambda inputs, out: partial(compiled, inputs[0]))
     found["eager"] = Provider(lambda inputs, out: partial(definition, inputs[0]))
@@ -93,12 +103,13 @@ def synthesis(size: Size, device: torch.device) -> Mapping[str, Provider]:
 
     def rival(transform: Transform) -> Provider:
         def image(tokens: Sequence[Tensor]) -> Tensor:
-            bands = []
+            scales = []
             for i, scale in enumerate(tokens):
                 level, count = min(LEVEL, LEVEL + 1 - i), scale_channels(channels, LEVEL)[i]
                 plain = unpatchify(scale, count, height >> level, width >> level, grid)
-                bands += (plain * deviations[i][:, None, None] + means[i][:, None, None]).split(channels, dim=1)
-            return transform.image(transform.inverse(transform.pack([band.to(size.dtype) for band in bands])))
+                bands = (plain * deviations[i][:, None, None] + means[i][:, None, None]).to(size.dtype)
+                scales.append(bands.unflatten(1, (3, channels)) if i else bands)
+            return transform.image(transform.inverse(transform.from_scales(scales)))
 
         return Provider(lambda tokens, out: partial(image, tokens), alone)
 
@@ -106,7 +117,7 @@ def synthesis(size: Size, device: torch.device) -> Mapping[str, Provider]:
     found["wavedp"] = Provider(lambda tokens, out: ours(tokens, None), alone)
     if size.ours_only:
         return found
-    if is_compiled(size, device):
+    if is_compiled(device):
         compiled = torch.compile(definition, dynamic=False)
         found["torch.compile"] = Provider(lambda tokens, out: partial(compiled, tokens), alone)
     found["eager"] = Provider(lambda tokens, out: partial(definition, tokens), alone)

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Chooses the widest instruction set of this CPU and divides the units of work among threads. Threads live
-// for one call: a pool would not survive fork().
+// Chooses the widest instruction set of this CPU and divides the units of work among threads.
 #include <algorithm>
 #include <atomic>
 #include <cstring>

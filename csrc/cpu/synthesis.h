@@ -71,8 +71,8 @@ class Synthesis {
     fold_end(bottom, size_.width[k - 1]);
   }
 
-  // Adds to row r of LL_k what was taken from it for the row past the end. `pair` is the row pair that r is
-  // in, as expand_pair left it, where that pair is the last.
+  // Adds to row r of LL_k what was taken from it for the row past the end: `last_bottom`, which is made here
+  // where the caller does not have it.
   void fold_row(int k, int64_t r, Real* samples, const Real* last_bottom) {
     const int64_t height = size_.height[k];
     const int weight = fold_weight(edge_, height, r);
@@ -85,7 +85,7 @@ class Synthesis {
     for (int64_t c = 0; c < size_.width[k]; ++c) samples[c] += Real(weight) * last_bottom[c];
   }
 
-  // Row r of LL_k out of turn, for rows that fold into others: one row in two images' borders.
+  // Row r of LL_k out of turn, which only rows past the end ask for.
   const Real* pulled(int k, int64_t r) {
     if (k == size_.levels) return source_.low(r);
     Real *top = slots_[k][kPairTop], *bottom = slots_[k][kPairBottom], *samples = slots_[k][kPulled];

@@ -40,6 +40,8 @@ bool has_pool() { return watched && GOMP_parallel && !forked.load(); }
 
 }  // namespace
 
+void leave_pool() { forked.store(true); }
+
 void run_in_team(int64_t parts, int threads, void (*work)(void*, int64_t), void* context) {
   Work shared{work, context, parts};
   const int64_t size = parts < threads ? parts : threads;

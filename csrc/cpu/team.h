@@ -10,4 +10,8 @@ namespace wavedp {
 // one. `work` must not throw.
 void run_in_team(int64_t parts, int threads, void (*work)(void* context, int64_t part), void* context);
 
+// From now on threads are started for each call: a pool does not survive fork(). A library that was loaded
+// before the fork knows by itself.
+void leave_pool();
+
 }  // namespace wavedp

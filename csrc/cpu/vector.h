@@ -86,7 +86,8 @@ inline V shuffled(const V& a, const V& b) {
 #if defined(__clang__) || __has_builtin(__builtin_shufflevector)
   return __builtin_shufflevector(a, b, kIndices...);
 #else
-  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t,
+                                   std::conditional_t<sizeof(a[0]) == 4, int32_t, int16_t> >;
   return __builtin_shuffle(a, b, Vector<Index, sizeof(V)>{kIndices...});
 #endif
 }

@@ -3,6 +3,7 @@
 
 import sys
 
+import matplotlib.font_manager  # noqa: F401 (begun without Pillow, its import would stay half done for other tests)
 import pytest
 import torch
 from PIL import Image

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from wavedp.benchmarks import measure, registry, report, run, table, transforms
 from wavedp.benchmarks.cases import SUITES, wavelet
@@ -82,7 +83,7 @@ def test_a_quick_run_writes_a_row_for_each_provider(results: Path) -> None:
 @pytest.mark.parametrize(("name", "bytes_per_pixel"), LARGE.items())
 def test_a_case_moves_its_bytes_and_has_its_rivals(results: Path, name: str, bytes_per_pixel: float) -> None:
     here = {row["provider"]: row for row in table.read([results]) if row["case"] == name}
-    assert {int(row["bytes"]) for key, row in here.items() if key != "copy_ of the input"} == {
+    assert {int(row["bytes"]) for key, row in here.items() if key not in ("sum", "copy_ of the input")} == {
         round(PIXELS * bytes_per_pixel)
     }
     wanted = {"wavedp", "eager"}
@@ -96,6 +97,9 @@ def test_a_case_moves_its_bytes_and_has_its_rivals(results: Path, name: str, byt
     assert wanted <= set(here)
     floors = {"sum"} if "coarse" in name else {"clone"} if "backward" in name else {"copy_", "clone"}
     assert {row["floor"] for row in here.values()} == floors
+    if "coarse" in name:
+        image = PIXELS * round(bytes_per_pixel)
+        assert (int(here["sum"]["bytes"]), int(here["copy_ of the input"]["bytes"])) == (image, 2 * image)
 
 
 def test_each_public_function_is_timed_on_a_small_image() -> None:
@@ -211,6 +215,104 @@ def test_a_later_run_keeps_the_rows_of_other_cases(tmp_path: Path) -> None:
     assert path.read_text().split() == ["case,median_ms", "b,2", "a,3"]
 
 
+def test_columns_that_changed_leave_the_kept_rows(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    run.write_rows(path, [{"case": "a", "gone": "x", "median_ms": "1"}])
+    run.write_rows(path, [{"case": "b", "median_ms": "2", "new": "y"}])
+    assert path.read_text().split() == ["case,median_ms,new", "a,1,", "b,2,y"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_results_survive_a_failure_to_write_them(tmp_path: Path) -> None:
+    class Unprintable:
+        def __str__(self) -> str:
+            raise OSError("no space left")
+
+    path = tmp_path / "results.csv"
+    run.write_rows(path, [{"case": "a", "median_ms": "1"}])
+    with pytest.raises(OSError, match="no space left"):
+        run.write_rows(path, [{"case": "b", "median_ms": Unprintable()}])  # type: ignore[dict-item]
+    assert path.read_text().split() == ["case,median_ms", "a,1"]
+
+
+def test_the_device_that_is_asked_for_becomes_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert run.chosen_device(None) == run.chosen_device("cuda") == torch.device("cuda")
+    assert run.chosen_device("cpu") == CPU
+    assert current == []
+    assert run.chosen_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+    with pytest.raises(ValueError, match="--device cuda:2 is not there; the last is cuda:1"):
+        run.chosen_device("cuda:2")
+    assert len(current) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_the_floor_of_a_small_image_multiplies_it_by_itself(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors: list[tuple[Tensor, Tensor]] = []
+    monkeypatch.setattr(torch, "mul", lambda *both: factors.append(both))
+    floor = registry.make_floor("torch.mul", Size((1, 3, 32, 32), dtype), [torch.zeros(1)], moved=1)
+    floor.call()
+    ((x, y),) = factors
+    assert x is y
+    assert (x.shape, x.dtype) == ((1, 3, 32, 32), dtype)
+    assert floor.bytes == 2 * 3 * 32 * 32 * dtype.itemsize
+
+
+def test_the_floor_of_coarse_reads_as_many_bytes_as_the_input() -> None:
+    image = torch.zeros(2, 3, 32, 64, dtype=torch.uint8)
+    floor = registry.make_floor("sum", Size((2, 3, 32, 64), torch.uint8), [image], moved=10**6)
+    source = floor.call.__self__  # type: ignore[attr-defined]
+    assert (floor.bytes, source.nbytes, source.dtype) == (PIXELS, PIXELS, torch.float32)
+
+
+def test_what_a_small_call_costs_is_shown_over_the_floor() -> None:
+    rows = [row("small-op", "torch.mul", "torch.mul", 0.0014, 0.0014)]
+    rows.append(row("small-op", "wavedp", "torch.mul", 0.0098, 0.0014))
+    *_, heading, floor, ours = report.block(rows, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    end = heading.index("over torch.mul") + len("over torch.mul")
+    assert floor[:end].endswith(" 0.0 us")
+    assert ours[:end].endswith(" 8.4 us")
+
+
+@pytest.mark.parametrize("name", ["F.conv2d", "ptwt", "pytorch_wavelets"])
+def test_a_rivals_scales_are_views_and_come_back(name: str) -> None:
+    size = Size((2, 3, 16, 24))
+    found = transforms.transforms(2, size, CPU)
+    if name not in found:
+        pytest.skip(f"needs {name}, of the extra [bench]")
+    transform = found[name]
+    x = torch.randn(size.shape)
+    want = found["eager"].forward(x)
+    low, coarse, fine = transform.to_scales(transform.forward(x))
+    for got, expected in zip([low, *coarse.unbind(1), *fine.unbind(1)], want):
+        torch.testing.assert_close(got, expected)
+
+    scales = [t.contiguous() for t in (low, coarse, fine)]
+    packed = transform.from_scales(scales)
+    torch.testing.assert_close(transform.inverse(packed), x)
+    addresses = {t.untyped_storage().data_ptr() for t in tree_leaves(packed)}
+    assert addresses == {t.untyped_storage().data_ptr() for t in scales}
+
+
+def test_the_compiled_definition_is_a_rival_on_a_small_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    compared = {
+        case.name: set(case.providers(case.sizes["cpu"][0], CPU))
+        for case in SUITES["wavelet"]
+        if case.name.startswith("small-")
+    }
+    with_rivals = {name for name, providers in compared.items() if "eager" in providers}
+    assert len(with_rivals) == 6
+    assert {name for name, providers in compared.items() if "torch.compile" in providers} == with_rivals
+
+
 def right(x: Tensor) -> list[Tensor]:
     """cA, cH, cV, cD by PyWavelets' formulas."""
     a, b, c, d = x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
@@ -283,14 +385,37 @@ def test_the_tolerance_is_of_the_largest_magnitude() -> None:
         registry.check("large", [torch.tensor([[100.0, 1.3e-3]])], want, torch.float32)
 
 
-def test_rivals_take_turns_and_none_is_always_first() -> None:
+def turns_of_three(repeats: int) -> list[str]:
+    """The calls of each repeat, as letters."""
     order: list[str] = []
     timings = measure.time_in_turns(
-        {name: lambda name=name: order.append(name) for name in "abc"}, CPU, repeats=4, sample_seconds=0.0
+        {name: lambda name=name: order.append(name) for name in "abc"}, CPU, repeats=repeats, sample_seconds=0.0
     )
-    turns = ["".join(order[i : i + 3]) for i in range(len(order) - 12, len(order), 3)]
-    assert turns == ["abc", "bca", "cab", "abc"]
     assert {timing.calls for timing in timings.values()} == {1}
+    return ["".join(order[i : i + 6]) for i in range(len(order) - 6 * repeats, len(order), 6)]
+
+
+def test_rivals_take_turns_and_none_always_follows_the_same() -> None:
+    turns = turns_of_three(repeats=20)
+    assert all(sorted(turn[::2]) == ["a", "b", "c"] for turn in turns)
+    neighbours = {turn[i : i + 2] for turn in [turn[::2] for turn in turns] for i in (0, 1)}
+    assert neighbours == {"ab", "ac", "ba", "bc", "ca", "cb"}
+    assert turns == turns_of_three(repeats=20)
+
+
+def test_an_untimed_call_goes_before_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(turn[::2] == turn[1::2] for turn in turns_of_three(repeats=4))
+    seen: list[int] = []  # calls made before each sample
+    calls: list[None] = []
+    taken = measure.sample
+
+    def sample(*arguments: object) -> float:
+        seen.append(len(calls))
+        return taken(*arguments)
+
+    monkeypatch.setattr(measure, "sample", sample)
+    measure.time_in_turns({"a": lambda: calls.append(None)}, CPU, repeats=3, sample_seconds=0.0)
+    assert [after - before for before, after in zip(seen[-3:], [*seen[-2:], len(calls)])] == [2, 2, 1]
 
 
 def test_a_fast_function_is_called_often_and_a_slow_one_once() -> None:

@@ -384,3 +384,24 @@ assert torch.equal(wavedp.wavedec2(x, 3)[0], before[0])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_child_that_uses_the_library_first() -> None:
+    """PyTorch's pool ran in the parent before anything of the library was loaded."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, wavedp
+torch.set_num_threads(4)
+x = torch.rand(8, 3, 512, 512)
+x = x + 1
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    coeffs = wavedp.wavedec2(x, 3)
+    torch.set_num_threads(1)
+    os._exit(0 if (wavedp.waverec2(coeffs) - x).abs().max() < 1e-5 else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -48,6 +48,8 @@ def check_gradients(target: Any, function: Callable[..., Any], *inputs: Tensor) 
 @pytest.mark.parametrize("size", [(3, 5), (2, 3), (1, 1), (6, 5)], ids=str)
 @pytest.mark.parametrize("edge", EDGES)
 def test_gradients_of_any_order(target: Any, edge: Edge, size: tuple[int, int]) -> None:
+    if target.interpreted and size != (3, 5):
+        pytest.skip("needs a CUDA device: Triton's interpreter takes seconds, and one odd size shows each edge")
     mode = MODE_OF_EDGE[edge]
     level = 2 if edge != Edge.REFLECT else 1
     if edge == Edge.REFLECT:

@@ -149,3 +149,34 @@ def test_refused(case: str) -> None:
     call, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_size_of_floats_is_refused_and_spoils_nothing() -> None:
+    coeffs = wavedp.wavedec2(torch.randn(9, 11), 1)
+    with pytest.raises(TypeError, match="waverec2 takes integers in output_size"):
+        wavedp.waverec2(coeffs, output_size=(9.0, 11.0))
+    assert wavedp.waverec2(coeffs, output_size=(9, 11)).shape == (9, 11)
+
+
+@pytest.mark.parametrize("function", [wavedp.wavedec2, wavedp.coarse])
+def test_no_level_is_checked_as_any(function: Any) -> None:
+    with pytest.raises(ValueError, match="takes images"):
+        function(torch.randn(3), 0)
+    with pytest.raises(ValueError, match="unknown mode"):
+        function(torch.randn(3, 3), 0, "nonsense")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once_at_any_depth(dtype: torch.dtype) -> None:
+    x = torch.randn(520, 530).to(dtype)
+    coeffs = wavedp.wavedec2(x, 10)
+    assert coeffs[0].dtype == dtype
+    wide = wavedp.wavedec2(x.float(), 10)
+    assert torch.equal(coeffs[0], wide[0].to(dtype))
+    assert torch.equal(wavedp.coarse(x, 10), coeffs[0])
+    assert torch.ops.wavedp.coarse(x, 10, "symmetric", 0.5, 1.0, 0.0, None).dtype == dtype
+    back = wavedp.waverec2(coeffs, output_size=(520, 530))
+    exact = wavedp.waverec2(
+        [coeffs[0].float(), *[tuple(band.float() for band in level) for level in coeffs[1:]]], output_size=(520, 530)
+    )
+    assert torch.equal(back, exact.to(dtype))

@@ -176,3 +176,29 @@ def test_interleaved_memory_is_no_overlap() -> None:
     result = wavedp.coarse(memory[:, :3], 1, out=memory[:, 4:, :4, ::2])
     assert torch.equal(result, expected)
     assert torch.equal(memory[:, :3], x)
+
+
+def test_a_write_is_seen_by_autograd() -> None:
+    """A backward that saved the tensor before must not use what is there now."""
+    weight = torch.ones(1, 2, 2, requires_grad=True)
+    for write in (
+        lambda out: wavedp.coarse(torch.ones(1, 4, 4), 1, out=out),
+        lambda out: wavedp.waverec2([torch.ones(1, 2, 2)[..., :1, :1], (None, None, None)], out=out),
+        lambda out: wavedp.wavedec2(torch.ones(1, 4, 4), 1, out=[out, tuple(torch.empty(3, 1, 2, 2).unbind(0))]),
+        lambda out: wavedp.wavelet_untokens([torch.ones(1, 4, 1)], 2, channels=1, out=out[None]),
+    ):
+        out = torch.zeros(1, 2, 2)
+        product = (out * weight).sum()
+        version = out._version
+        write(out)
+        assert out._version > version
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+def test_an_inference_tensor_is_written_to_in_inference_mode_alone() -> None:
+    with torch.inference_mode():
+        out = torch.zeros(1, 2, 2)
+        assert torch.equal(wavedp.coarse(torch.ones(1, 4, 4), 1, out=out), torch.full((1, 2, 2), 2.0))
+    with pytest.raises(RuntimeError, match="out of coarse is an inference tensor"):
+        wavedp.coarse(torch.ones(1, 4, 4), 1, out=out)

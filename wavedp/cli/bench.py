@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times every op beside its rivals and beside a copy of the same bytes, on this machine.
 
-A row's bar is its fraction of the floor, the copy; │ marks the floor itself. Rivals that are not installed are left
-out: pip install 'wavedp[bench]' brings them. Every result is checked before it is timed.
+A row's bar is its fraction of the floor, mostly a copy; │ marks the floor itself. Rivals that are not installed are
+left out: pip install 'wavedp[bench]' brings them. Every result is checked before it is timed.
 
   wavedp bench wavelet                        all cases, some minutes
   wavedp bench wavelet wavedec2 coarse-L3     one op at every level, and one case

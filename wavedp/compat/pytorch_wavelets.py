@@ -101,6 +101,8 @@ class DWTForward(_HaarModule):
         """
         coeffs: list[Any] = functional.wavedec2(x, self.J, "periodization" if self.mode == "per" else self.mode)
         yl, *details = coeffs
+        if details:
+            yl = yl.clone()  # alone it would keep the memory of the details
         return yl, [torch.stack(bands, -3) for bands in reversed(details)]
 
     def extra_repr(self) -> str:

@@ -40,6 +40,8 @@ def size_of(op: str, size: Any) -> tuple[int, int] | None:
         return None
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise ValueError(f"{op} takes output_size (H, W), not {size!r}")
+    if not all(isinstance(n, (int, torch.SymInt)) or hasattr(n, "__index__") for n in size):
+        raise TypeError(f"{op} takes integers in output_size (H, W), not {tuple(size)!r}")
     return size[0], size[1]
 
 

@@ -16,6 +16,7 @@ these is installed, to reference. Libraries and Triton are imported when the fir
 
 import functools
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -42,6 +43,23 @@ _BACKENDS = {
     "cuda": _Backend("wavedp._csrc_cuda", "install wavedp with nvcc present", ("cuda",), "wavedp.ops.{}_native"),
     "reference": _Backend(None, "", (), "wavedp.reference.{}"),
 }
+
+_is_forked = False
+
+
+def _note_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def is_forked() -> bool:
+    """Whether this process was forked after ``import wavedp``: it has none of the threads of before."""
+    return _is_forked
+
 
 _requested: ContextVar[str] = ContextVar("wavedp_backend", default="auto")
 

@@ -28,7 +28,7 @@ def check_out(
         TypeError: something given is not a dense tensor, or of another dtype.
         ValueError: a wrong number, shape or device, or memory that an input or another result has. (What is traced
             or transformed is computed first and copied then: memory is not looked at.)
-        RuntimeError: a derivative was asked for.
+        RuntimeError: a derivative was asked for, or an inference tensor is given outside of inference mode.
     """
     if len(out) != len(shapes):
         raise ValueError(f"out of {op} must be {len(shapes)} tensors, not {len(out)}")
@@ -44,6 +44,8 @@ def check_out(
             "leave out away, or call it under torch.no_grad()"
         )
     if plain:
+        if not torch.is_inference_mode_enabled() and any(given.is_inference() for given in out):
+            raise RuntimeError(f"out of {op} is an inference tensor, which is not written to outside of inference mode")
         _check_memory(op, out, inputs)
     return plain
 
@@ -82,6 +84,13 @@ def _extent(x: Tensor) -> tuple[int, int]:
         return start, start
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
     return start, start + (last + 1) * x.element_size()
+
+
+def written(out: Sequence[Tensor]) -> None:
+    """Tells autograd that a kernel wrote to these tensors: what was saved of them for a backward is gone."""
+    tracked = [given for given in out if not given.is_inference()]
+    if tracked:
+        torch.autograd.graph.increment_version(tracked)
 
 
 class _Memory:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wavedp.ops.backend import implementation
-from wavedp.ops.out import copied
+from wavedp.ops.out import copied, written
 from wavedp.reference.wavelet import EDGE_OF_MODE, Edge, band_sizes
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,20 +33,30 @@ def check_dtype(op: str, dtype: torch.dtype, *, or_bytes: bool = False) -> None:
         )
 
 
+def check_image(op: str, shape: Sequence[int], mode: str) -> Edge:
+    """The rule of a mode by which images of this shape are completed.
+
+    Raises:
+        ValueError: no image, or an unknown mode.
+    """
+    if len(shape) < 2 or shape[-2] == 0 or shape[-1] == 0:
+        raise ValueError(f"{op} takes images [..., H, W] of at least 1 x 1, not a shape of {tuple(shape)}")
+    edge = EDGE_OF_MODE.get(mode)
+    if edge is None:
+        raise ValueError(f"unknown mode {mode!r}; choose from {', '.join(EDGE_OF_MODE)}")
+    return edge
+
+
 def _edge_rule(op: str, shape: Sequence[int], level: int, mode: str) -> Edge:
     """The rule by which ``mode`` completes odd axes of ``level`` levels of images of this shape.
 
     Raises:
-        ValueError: no image, a level below 1, an unknown mode, or one that reflects an axis of one sample, as
+        ValueError: as :func:`check_image`, a level below 1, or a mode that reflects an axis of one sample, as
             PyWavelets refuses it.
     """
-    if len(shape) < 2 or shape[-2] == 0 or shape[-1] == 0:
-        raise ValueError(f"{op} takes images [..., H, W] of at least 1 x 1, not a shape of {tuple(shape)}")
+    edge = check_image(op, shape, mode)
     if level < 1:
         raise ValueError(f"{op} takes a level of at least 1, not {level}")
-    edge = EDGE_OF_MODE.get(mode)
-    if edge is None:
-        raise ValueError(f"unknown mode {mode!r}; choose from {', '.join(EDGE_OF_MODE)}")
     if mode in ("reflect", "antireflect"):
         for height, width in band_sizes(shape[-2], shape[-1], level - 1):
             if height == 1 or width == 1:
@@ -126,6 +136,7 @@ def compute_wavedec2(
         bands = [*compute_wavedec2(approximation, level - MAX_FUSED_LEVELS, mode, factor), *finer]
     elif out is not None and writes_into(forward, out):
         forward(x, level, edge, factor, out=out)
+        written(out)
         return out
     else:
         bands = forward(x, level, edge, factor)
@@ -145,13 +156,14 @@ def compute_coarse(
     """The kernel of ``wavedp::coarse``; ``out`` is checked already."""
     edge = _edge_of("coarse", x.dtype, x.shape, level, mode)
     forward = implementation("wavelet", x.device).coarse_forward
+    dtype = result_dtype(x, dtype)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     while level > MAX_FUSED_LEVELS:
         x, level = forward(x, MAX_FUSED_LEVELS, edge, factor, gain, bias, wide), level - MAX_FUSED_LEVELS
-    dtype = result_dtype(x, dtype)
     asked = kernel_dtype(x, dtype)
     if out is not None and asked == dtype and writes_into(forward, [out]):
         forward(x, level, edge, factor, gain, bias, dtype, out=out)
+        written([out])
         return out
     result: Tensor = forward(x, level, edge, factor, gain, bias, asked)
     return result.to(dtype) if out is None else out.copy_(result)
@@ -194,6 +206,7 @@ def compute_waverec2_of(
     forward = implementation("wavelet", first.device).waverec2_forward
     if out is not None and writes_into(forward, [out]):
         forward(bands, height, width, edge, factor, out=out)
+        written([out])
         return out
     image = forward(bands, height, width, edge, factor)
     return image if out is None else out.copy_(image)

@@ -4,7 +4,8 @@
 The ops are linear and closed under differentiation, so nothing is saved but sizes, at any order:
 
 * the gradient of ``wavedec2`` is ``waverec2`` of the same mode and factor (its adjoint, edge rule included), and
-  the other way round; a band without a gradient is not read, a band that was absent is not computed;
+  the other way round; a band without a gradient is not read, and where the approximation alone was given, no detail
+  is computed;
 * the gradient of ``coarse`` is ``waverec2`` of the approximation alone, and the other way round.
 
 An op with a Python gradient has no forward-mode derivative (it drops the tangent) and ``torch.func`` cannot

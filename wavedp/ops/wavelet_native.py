@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavedp.ops.backend import is_forked
 from wavedp.reference.wavelet import Edge, band_sizes
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
@@ -26,7 +27,10 @@ _unflatten = _C._nn.unflatten_dense_tensors
 
 @functools.cache
 def _function(name: str) -> Callable[..., None]:
-    function: Callable[..., None] = getattr(importlib.import_module("wavedp._csrc"), name)
+    library: Any = importlib.import_module("wavedp._csrc")
+    if is_forked():
+        library.leave_pool()
+    function: Callable[..., None] = getattr(library, name)
     return function
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wavedp.ops.backend import implementation
-from wavedp.ops.out import copied
+from wavedp.ops.out import copied, written
 from wavedp.ops.wavelet import (
     MAX_FUSED_LEVELS,
     check_dtype,
@@ -139,6 +139,7 @@ def compute_wavelet_tokens(
     tokens: list[Tensor]
     if out is not None and asked == dtype and writes_into(forward, out):
         tokens, squares = forward(*arguments, out=out)
+        written(out)
     else:
         tokens, squares = forward(*arguments)
         if out is not None:
@@ -168,6 +169,7 @@ def compute_wavelet_untokens(
     arguments = (list(tokens), channels, height, width, (grid[0], grid[1]), factor, shift, scale)
     if out is not None and writes_into(forward, [out]):
         forward(*arguments, out=out)
+        written([out])
         return out
     image_of_tokens: Tensor = forward(*arguments)
     return image_of_tokens if out is None else out.copy_(image_of_tokens)

@@ -56,7 +56,7 @@ def wavelet_untokens(
 ) -> Tensor:
     """``torch.ops.wavedp.wavelet_untokens``, with forward-mode derivatives and for ``torch.func`` too."""
     others = [one for one in (shift, scale, out) if one is not None]
-    if are_plain_alike(tokens) if not others else is_plain(*tokens, *others):
+    if (not others and are_plain_alike(tokens)) or is_plain(*tokens, *others):
         return compute_wavelet_untokens(tokens, image, grid, factor, shift, scale, out)
     result: Tensor
     if is_differentiated(*tokens):
