@@ -19,8 +19,8 @@ Row = Mapping[str, str]
 
 def block(rows: Sequence[Row], stream: TextIO) -> Iterator[str]:
     """The lines for one case and input: each floor, then those that are compared with it."""
-    first = rows[0]
-    yield f"\n{first['case']}   {first['shape']} {first['dtype']}, {human_bytes(int(first['bytes']))} to move"
+    last = rows[-1]  # a provider, whose bytes are the operation's; those of a floor may be fewer
+    yield f"\n{last['case']}   {last['shape']} {last['dtype']}, {human_bytes(int(last['bytes']))} to move"
     for floor in dict.fromkeys(row["floor"] for row in rows):
         here = [row for row in rows if row["floor"] == floor]
         small = floor == "torch.mul"

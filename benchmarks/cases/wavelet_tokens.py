@@ -57,7 +57,7 @@ def along(values: Tensor, scale: Tensor) -> Tensor:
 def patches(scale: Tensor, grid: tuple[int, int]) -> Tensor:
     """:func:`patchify` of [B, C, h, w] or of [B, 3, C, h, w] in any layout: one copy, into the tokens."""
     rows, columns = grid
-    blocks = scale.unflatten(-1, (columns, -1)).unflatten(-3, (rows, -1))  # [B, ..., C, rows, p, columns, q]
+    blocks: Tensor = scale.unflatten(-1, (columns, -1)).unflatten(-3, (rows, -1))  # [B, ..., C, rows, p, columns, q]
     return blocks.movedim((-4, -2), (1, 2)).flatten(3).flatten(1, 2)
 
 
