@@ -89,8 +89,8 @@ def draw_panel(panel: Any, rows: Sequence[Row]) -> None:
         rates = [float(row["floor_ratio"]) for row in mine]
         medians, lows, highs = ([float(row[key]) for row in mine] for key in ("median_ms", "q20_ms", "q80_ms"))
         whiskers = [
-            [rate - rate * median / high for rate, median, high in zip(rates, medians, highs)],
-            [rate * median / low - rate for rate, median, low in zip(rates, medians, lows)],
+            [rate * (1 - min(1.0, median / high)) for rate, median, high in zip(rates, medians, highs)],
+            [rate * (max(1.0, median / low) - 1) for rate, median, low in zip(rates, medians, lows)],
         ]
         panel.errorbar(
             rates,
