@@ -220,16 +220,21 @@ def _constants(
         values += [value for value, count in zip(scales, channels) for _ in range(count)]
         shift, scale = torch.tensor(values, dtype=dtype, device=like.device).view(2, -1).unbind(0)
         return shift, scale
+    device = like.device
     shift, scale = (
-        torch.cat(
-            [
-                torch.as_tensor(entry, dtype=dtype, device=like.device).expand(count)
-                for entry, count in zip(constants, channels)
-            ]
-        )
+        torch.cat([_spread(entry, count, dtype, device) for entry, count in zip(constants, channels)])
         for constants in (means, deviations)
     )
-    return factor * shift, 1 / (factor * scale) if divide else factor * scale
+    if factor != 1.0:
+        shift, scale = factor * shift, factor * scale
+    return shift, scale.reciprocal() if divide else scale
+
+
+def _spread(entry: float | Tensor, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One value for each of ``count`` channels."""
+    if isinstance(entry, Tensor) and entry.ndim == 1 and entry.dtype is dtype and entry.device == device:
+        return entry
+    return torch.as_tensor(entry, dtype=dtype, device=device).expand(count)
 
 
 def _checked_constants(
