@@ -37,8 +37,7 @@ class Strip {
  public:
   Strip(int levels, int64_t channels, int64_t height, int64_t width, int64_t grid_h, int64_t grid_w,
         DType dtype, const void* shift, const void* scale)
-      : channels_(channels),
-        grid_h_(grid_h),
+      : grid_h_(grid_h),
         shift_(static_cast<const Real*>(shift)),
         scale_(static_cast<const Real*>(scale)),
         bands_(3 * levels + 1),
@@ -104,7 +103,7 @@ class Strip {
     return total;
   }
 
-  const int64_t channels_, grid_h_;
+  const int64_t grid_h_;
   const Real *shift_, *scale_;
   const int bands_;
   Scratch<Real> scratch_;
