@@ -6,50 +6,68 @@ gradient) during the backward (Bu et al. 2022, "book-keeping"): autograd never c
 so a parameter whose ``.grad`` fills was used along a path that is not booked, and that raises.
 """
 
-import contextlib
 import types
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wavedp.privacy.clipping import FlatClipping, accumulation_dtype
-from wavedp.privacy.coverage import booked_layers, saved_buffers, trainable_parameters
-from wavedp.privacy.layers import Call
+from wavedp.privacy.bookings import Bookings, RecordMap
+from wavedp.privacy.clipping import Clipping
+from wavedp.privacy.coverage import BookedLayer, booked_layers, saved_buffers, trainable_parameters
+from wavedp.privacy.functional_uses import FunctionalUses
+from wavedp.privacy.layers import Call, LayerRule
 from wavedp.privacy.per_sample import PerSampleGradient
-from wavedp.privacy.probe import IndependenceProbe, Place
+from wavedp.privacy.probe import IndependenceProbe, Place, rows_of_outputs
+from wavedp.privacy.taps import Booking, Look, Taker, Tap, exact_arithmetic
 
 _BOOKED = "wavedp.privacy: booked"
+
+Observer = Callable[[Mapping[str, Tensor]], None]
+"""Is given every record's squared norm ``[B]`` in each clipping group."""
 
 
 class GradientBook:
     """Books a model's layers, from construction until :meth:`detach`.
 
     Use as a context manager, or call :meth:`detach`. While attached, a backward pass through the model is
-    possible only inside :meth:`clipped_sums`; forwards under ``torch.no_grad`` run as always.
+    possible only inside :meth:`clipped_sums`, or with a listener; forwards under ``torch.no_grad`` run as always.
 
     Args:
-        model: its trainable parameters belong to Linear, Embedding, LayerNorm or RMSNorm layers; any other
+        model: its trainable parameters belong to layers that :mod:`wavedp.privacy.rules` knows; any other
             layer may be there without trainable parameters, unless it mixes records.
+        listener: called at the end of every other backward that reached a booked layer, with what it booked.
 
     Raises:
         ValueError: the model has something that cannot be booked exactly; nothing has been changed then.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, listener: Callable[[Bookings], None] | None = None) -> None:
         self.model = model
-        self._layers = booked_layers(model)
         self.parameters = trainable_parameters(model)
+        self._layers: dict[str, BookedLayer] = booked_layers(model)
+        self._in_layers = {name: booked.layer for name, booked in self._layers.items()}
+        owners = Counter(name for booked in self._layers.values() for name in booked.names.values())
+        self._tied = {name for name, count in owners.items() if count > 1}
         self._buffers = saved_buffers(model)
-        self._calls: dict[str, list[Call]] | None = None
+        self._listener = listener
+        self._taker: Taker | None = None
+        self._heard: tuple[int, Booking] | None = None  # the backward a listener waits for, by autograd's number
+        self._runs: Counter[Place] = Counter()  # uses since the last backward
+        self._anchors: list[Tensor] = []
         self._probe = IndependenceProbe()
+        self.sample_id: Tensor | None = None
+        """[rows] int64, the record of each row, in backwards that a listener waits for."""
         self.attached = True
         # A checkpoint loaded into the attached model changes buffers without reading private data.
         self._load_hooks = [m.register_load_state_dict_post_hook(self._on_load) for m in model.modules()]
-        for name, (layer, _) in self._layers.items():
+        for name, layer in self._in_layers.items():
             vars(layer)["forward"] = types.MethodType(self._tapped_forward(name), layer)
+        self._is_outer = "forward" not in vars(model)
+        if self._is_outer:
+            vars(model)["forward"] = types.MethodType(self._model_forward, model)
 
     def __enter__(self) -> "GradientBook":
         return self
@@ -63,19 +81,23 @@ class GradientBook:
             self.attached = False
             for hook in self._load_hooks:
                 hook.remove()
-            for layer, _ in self._layers.values():
+            for layer in [*self._in_layers.values(), self.model]:
                 vars(layer).pop("forward", None)
 
     def clipped_sums(
         self,
-        losses: Tensor,  # [B], one loss per record
-        clipping: FlatClipping,
+        losses: Tensor,  # [B], one loss per row
+        clipping: Clipping,
+        *,
+        sample_id: Tensor | None = None,  # [B] int64, the record of each row
+        observe: Observer | None = None,
     ) -> dict[str, Tensor]:
         """Run the backward of ``losses`` and return, by parameter name, the sums of clipped gradients.
 
-        Row b of the losses, and of every booked layer's input, belongs to record b. Sums have the parameter's
-        shape, in float64; a parameter that the loss does not reach is missing. A record whose gradient is not
-        finite contributes zero. On any error nothing stays booked.
+        Row b of the losses, and of every booked layer's input, belongs to record b, or to record ``sample_id[b]``,
+        whose loss is the mean over its rows. Sums have the parameter's shape, in float32, or float64 for float64
+        parameters; a parameter that the loss does not reach is missing. A record whose gradient is not finite
+        contributes zero. On any error nothing stays booked.
 
         Gradients that flow between records are looked for, and refused, when a layer first gets a gradient and
         at the 1st, 2nd, 4th, 8th, ... backward of every kind of loss: a detector and not a proof, see
@@ -90,108 +112,195 @@ class GradientBook:
         if losses.numel() == 0:
             return {}
         try:
-            calls = self._backward(losses)
+            bookings = self._backward(losses, None if sample_id is None else RecordMap(sample_id))
             self._check_after()
-            with torch.no_grad(), _exact_arithmetic():
-                return self._clip(calls, losses, clipping)
+            return self.clip(bookings, clipping, observe=observe)
         finally:
-            for parameter in self.parameters.values():
-                parameter.grad = None
+            self.forget()
 
-    def _tapped_forward(self, name: str) -> Callable[..., Tensor]:
-        layer, rule = self._layers[name]
+    def clip(
+        self, bookings: Bookings, clipping: Clipping, *, scale: float = 1.0, observe: Observer | None = None
+    ) -> dict[str, Tensor]:
+        """The clipped sums of what was booked, every gradient times ``scale`` first; empties the bookings."""
+        device = next(iter(self.parameters.values())).device
+        with torch.no_grad(), exact_arithmetic():
+            norms = bookings.squared_norms(clipping, scale, device)
+            if observe is not None:
+                observe(norms)
+            return bookings.clipped_sums(self.parameters, clipping, norms, scale)
 
-        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def forget(self) -> None:
+        """Drop what a backward left: a half-booked one, and gradients of paths that are not booked."""
+        self._heard = None
+        self._runs.clear()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def check_nothing_unbooked(self) -> None:
+        """Raise a RuntimeError if a trainable parameter holds a ``.grad``."""
+        filled = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
+        if filled:
+            raise RuntimeError(
+                f"parameters {filled} were used outside their own layer's forward (such as F.linear(h, "
+                f"embedding.weight) in a method other than the model's forward), so their per-record gradients are "
+                f"not known; call the layer itself, or freeze the parameter"
+            )
+
+    def _model_forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward, with functional uses of its parameters booked."""
+        run = type(model).forward
+        if model is not self.model or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return run(model, *args, **kwargs)
+        self._anchors.clear()
+        with FunctionalUses(self.parameters, self._tap_functional):
+            output = run(model, *args, **kwargs)
+        if self._listener is not None:
+            self._look_at(output)
+        return output
+
+    def _tapped_forward(self, path: str) -> Callable[..., Any]:
+        layer, rule, _ = self._layers[path]
+
+        def tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:
+            return self._tap((path, use, inputs.ndim), output, inputs)
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             # A deep copy of the model (an EMA, say) is not booked and runs its own weights.
             if module is not layer or not torch.is_grad_enabled():
-                output: Tensor = type(module).forward(module, *args, **kwargs)
-                return output
+                return type(module).forward(module, *args, **kwargs)
             if torch.compiler.is_compiling():
                 # Under torch.compile a booked layer runs uncompiled, behind a graph break.
-                raise RuntimeError(f"layer {name!r} has a GradientBook attached: compile without fullgraph=True")
-            (inputs,) = (*args, *kwargs.values())
-            self._probe.note((name, inputs.ndim))
-            output = rule.forward(layer, inputs)
-            # The anchor makes autograd reach the tap even when the layer's input needs no gradient.
-            anchor = torch.zeros((), device=output.device, requires_grad=True)
-            tapped: Tensor = _Tap.apply(output, anchor, inputs.detach(), self, name)  # type: ignore[no-untyped-call]
-            return tapped
+                raise RuntimeError(f"layer {path!r} has a GradientBook attached: compile without fullgraph=True")
+            return rule.forward(layer, tap, *args, **kwargs)
 
         return forward
 
-    def _book(self, name: str, inputs: Tensor, output_grads: Tensor) -> None:
-        if self._calls is None:
+    def _tap_functional(self, rule: LayerRule, names: dict[str, str], output: Tensor, inputs: Tensor) -> Tensor:
+        """Put a tap behind a use of parameters outside of their layer; ``names`` maps the rule's to the model's."""
+        path = f"{', '.join(names.values())} by {rule}"
+        self._layers.setdefault(path, BookedLayer(self.model, rule, names))
+        self._tied |= set(names.values())
+        return self._tap((path, "", inputs.ndim), output, inputs)
+
+    def _tap(self, place: Place, output: Tensor, inputs: Tensor) -> Tensor:
+        self._probe.note(place)
+        self._runs[place] += 1
+        # The anchor makes autograd reach the tap even when the layer's input needs no gradient.
+        anchor = torch.zeros((), device=output.device, requires_grad=True)
+        self._anchors.append(anchor)
+        tapped: Tensor = Tap.apply(output, anchor, inputs.detach(), self._seen, place)  # type: ignore[no-untyped-call]
+        return tapped
+
+    def _seen(self, place: Place, call: Call) -> None:
+        if torch.is_grad_enabled():
             raise RuntimeError(
-                f"a backward pass reached layer {name!r} outside of private clipping; call "
+                f"a backward with create_graph=True reached layer {place[0]!r}: the gradient of a gradient would miss "
+                f"the booked parameters, so gradient penalties cannot be trained privately"
+            )
+        call = Call(call.inputs, call.output_grads.detach())
+        if self._taker is not None:
+            self._taker.take(place, call)
+            return
+        if self._listener is None:
+            raise RuntimeError(
+                f"a backward pass reached layer {place[0]!r} outside of private clipping; call "
                 f"PrivateOptimizer.backward(losses) with the vector of per-record losses, once per "
                 f"micro-batch, in place of loss.backward()"
             )
-        self._calls[name].append(Call(inputs, output_grads.detach()))
+        number = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
+        if self._heard is None:
+            record_map = None if self.sample_id is None else RecordMap(self.sample_id)
+            self._heard = (number, self._booking(Bookings(record_map)))
+            torch.autograd.Variable._execution_engine.queue_callback(self._tell)  # type: ignore[attr-defined]
+        if self._heard[0] != number:
+            raise RuntimeError(
+                "a backward before this one failed, or this one runs inside another, as in a reentrant checkpoint: "
+                "drop the batch with discard(), and use checkpoint(..., use_reentrant=False)"
+            )
+        self._heard[1].take(place, call)
 
-    def _backward(self, losses: Tensor) -> dict[str, list[Call]]:
-        due = self._probe.due(losses)
-        calls = self._collect(losses, torch.ones_like(losses), retain_graph=due)
-        for name, layer_calls in calls.items():
-            for call in layer_calls:
-                self._check_record_axis(name, call, len(losses))
-        reached: set[Place] = set()
-        if len(losses) > 1:
-            unverified = self._probe.unverified(_reached(calls))
-            if unverified and not due:
+    def _tell(self) -> None:
+        """Ends a backward that the listener waits for."""
+        assert self._heard is not None and self._listener is not None
+        heard = self._heard[1]
+        try:
+            self._check_after()
+            if heard.unverified and (heard.bookings.rows or 0) > 1:
                 raise RuntimeError(
-                    f"layers {sorted(name for name, _ in unverified)} ran first inside the backward, in a reentrant "
+                    f"{_named(heard.unverified)} got gradients, and whether they keep records apart was not looked at: "
+                    f"run the model by calling it, model(...), and take the loss of what it returns; or pass "
+                    f"per-record losses to backward(losses)"
+                )
+            self._listener(heard.bookings)
+        finally:
+            self.forget()
+
+    def _booking(self, bookings: Bookings, rows: int | None = None) -> Booking:
+        return Booking(bookings, self._gradients, self._min_axes, self._probe.is_verified, rows)
+
+    def _gradients(self, place: Place, call: Call) -> Iterator[tuple[str, PerSampleGradient, bool]]:
+        layer, rule, names = self._layers[place[0]]
+        once = self._runs[place] == 1
+        for key, form in rule.gradients(layer, place[1], call).items():
+            if key in names:
+                yield names[key], form, once and names[key] not in self._tied
+
+    def _min_axes(self, place: Place) -> int:
+        layer, rule, _ = self._layers[place[0]]
+        return rule.min_axes(layer, place[1])
+
+    def _backward(self, losses: Tensor, record_map: RecordMap | None) -> Bookings:
+        due = self._probe.due(losses)
+        main = self._booking(Bookings(record_map), len(losses))
+        self._differentiate(main, losses, torch.ones_like(losses), retain_graph=due)
+        looked: set[Place] = set()
+        if len(losses) > 1:
+            if main.unverified and not due:
+                raise RuntimeError(
+                    f"{_named(main.unverified)} ran first inside the backward, in a reentrant "
                     f"checkpoint, so whether they keep records apart cannot be looked at; use "
                     f"checkpoint(..., use_reentrant=False)"
                 )
             if due:
-                reached = self._look_between_records(losses, full=bool(unverified))
-        self._probe.passed(losses, reached)
-        return calls
+                looked = self._look([losses], len(losses), full=bool(main.unverified))
+        self._probe.passed(losses, looked)
+        return main.bookings
 
-    def _collect(self, losses: Tensor, seeds: Tensor, retain_graph: bool) -> dict[str, list[Call]]:
-        self._calls = defaultdict(list)
-        try:
-            torch.autograd.backward(losses, seeds, retain_graph=retain_graph)
-            return self._calls
-        finally:
-            self._calls = None
+    def _look_at(self, output: Any) -> None:
+        """Look at a model's outputs where the loss of a plain backward will not be known."""
+        outputs, rows = rows_of_outputs(output)
+        if rows > 1 and self._probe.due(*outputs):
+            full = self._probe.anything_unverified()
+            looked = self._look(outputs, rows, full=full, anchors=self._anchors)
+            for tensor in outputs:
+                self._probe.passed(tensor, looked)
 
-    def _look_between_records(self, losses: Tensor, full: bool) -> set[Place]:
-        """Differentiate parts of the losses alone: no row outside the part may receive a gradient.
+    def _look(
+        self, outputs: Sequence[Tensor], rows: int, *, full: bool, anchors: list[Tensor] | None = None
+    ) -> set[Place]:
+        """Differentiate parts of the outputs alone: no row outside the part may receive a gradient.
 
         It catches an input whose first axis only happens to have B entries (position ids of shape [T] when
         T = B), rows in another order than the losses, and every differentiable path between the records that the
-        parts tell apart. Returns what was reached, if the look was in full. The graph is freed by the last part.
+        parts tell apart. Returns what was reached, if the look was in full. Without ``anchors`` the last part frees
+        the graph.
         """
         reached: set[Place] = set()
-        parts = list(self._probe.parts(len(losses), full))
+        parts = list(self._probe.parts(rows, full))
         for number, part in enumerate(parts, start=1):
-            seeds = part.to(losses.device, losses.dtype)
-            calls = self._collect(losses, seeds, retain_graph=number < len(parts))
-            for name, layer_calls in calls.items():
-                for call in layer_calls:
-                    self._check_rows_outside(name, call, ~part.to(call.output_grads.device))
-            reached |= _reached(calls)
+            look = Look(~part, self._min_axes)
+            seeds = [self._probe.seed(tensor, part) for tensor in outputs]
+            keep = anchors is not None or number < len(parts)
+            self._differentiate(look, outputs, seeds, retain_graph=keep, inputs=anchors)
+            reached |= look.reached
         return reached if full else set()
 
-    def _check_rows_outside(self, name: str, call: Call, outside: Tensor) -> None:
-        self._check_record_axis(name, call, len(outside))
-        if _nonzero(call.output_grads[outside]):
-            raise RuntimeError(
-                f"layer {name!r}: the losses of some records depend on rows of other records, so no record's "
-                f"contribution can be bounded; give every booked layer an input whose first axis is the record "
-                f"axis, in the order of the losses (expand shared inputs such as position ids to [B, T]), and "
-                f"remove what mixes records (batch statistics, in-batch negatives)"
-            )
-
-    def _check_record_axis(self, name: str, call: Call, records: int) -> None:
-        layer, rule = self._layers[name]
-        if call.inputs.ndim < rule.min_axes(layer) or call.inputs.shape[0] != records:
-            raise RuntimeError(
-                f"layer {name!r} got an input of shape {tuple(call.inputs.shape)} for {records} losses: its "
-                f"first axis must be the record axis; expand inputs that records share (position ids to [B, "
-                f"T]) and keep records apart from tokens ([B, T, d], not [B * T, d])"
-            )
+    def _differentiate(self, taker: Taker, outputs: Any, seeds: Any, **settings: Any) -> None:
+        self._taker = taker
+        try:
+            torch.autograd.backward(outputs, seeds, **settings)
+        finally:
+            self._taker = None
 
     def _check_before(self, losses: Tensor) -> None:
         if not self.attached:
@@ -218,13 +327,7 @@ class GradientBook:
             raise RuntimeError(f"parameters {filled} already have a .grad before the backward; set it to None")
 
     def _check_after(self) -> None:
-        filled = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
-        if filled:
-            raise RuntimeError(
-                f"parameters {filled} were used outside their own layer's forward (such as F.linear(h, "
-                f"embedding.weight)), so their per-record gradients are not known; call the layer itself, or "
-                f"freeze the parameter"
-            )
+        self.check_nothing_unbooked()
         for name, (buffer, version) in saved_buffers(self.model).items():
             if name not in self._buffers or self._buffers[name][0] is not buffer or self._buffers[name][1] != version:
                 raise RuntimeError(
@@ -233,73 +336,13 @@ class GradientBook:
                     f"stop updating it (moving the model must come before attaching)"
                 )
 
-    def _clip(self, calls: dict[str, list[Call]], losses: Tensor, clipping: FlatClipping) -> dict[str, Tensor]:
-        gradients: dict[str, PerSampleGradient] = {}
-        squared_norms = torch.zeros(len(losses), dtype=torch.float64, device=losses.device)
-        while calls:
-            name, layer_calls = calls.popitem()
-            layer, rule = self._layers[name]
-            for key, gradient in rule.gradients(layer, layer_calls).items():
-                path = f"{name}.{key}" if name else key
-                if path in self.parameters:
-                    gradients[path] = gradient
-                    squared_norms += gradient.squared_norms().to(losses.device)
-        sums = {}
-        while gradients:
-            path, gradient = gradients.popitem()
-            parameter = self.parameters[path]
-            dtype = accumulation_dtype(parameter.dtype)
-            factors = clipping.factors(squared_norms, dtype).to(parameter.device)
-            sums[path] = gradient.weighted_sum(factors).reshape(parameter.shape)
-        return sums
-
     def _on_load(self, module: nn.Module, incompatible_keys: object) -> None:
         self._buffers = saved_buffers(self.model)
 
 
-class _Tap(torch.autograd.Function):
-    """The identity in the forward; books a layer's input and output gradient in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, inputs: Tensor, book: GradientBook, name: str) -> Tensor:
-        # Marked as changed in place: the result is then no view, and an in-place activation may follow.
-        ctx.mark_dirty(output)
-        ctx.save_for_backward(inputs)
-        ctx.book, ctx.layer = book, name
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (inputs,) = ctx.saved_tensors
-        ctx.book._book(ctx.layer, inputs, grads[0])
-        return grads[0], None, None, None, None
-
-
-def _reached(calls: dict[str, list[Call]]) -> set[Place]:
-    return {(n, c.inputs.ndim) for n, layer_calls in calls.items() for c in layer_calls if _nonzero(c.output_grads)}
-
-
-def _nonzero(x: Tensor) -> bool:
-    """Whether ``x`` has a finite entry other than 0; a non-finite record spreads NaN where nothing flows."""
-    return bool(((x != 0) & torch.isfinite(x)).any())
+def _named(places: set[Place]) -> str:
+    return f"layers {sorted({path for path, _, _ in places})}"
 
 
 def _identities(parameters: dict[str, nn.Parameter]) -> dict[str, int]:
     return {name: id(parameter) for name, parameter in parameters.items()}
-
-
-@contextlib.contextmanager
-def _exact_arithmetic() -> Iterator[None]:
-    """Keep norms and sums in full float32: no autocast, no TF32, no bfloat16 inside float32 products."""
-    with contextlib.ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        if hasattr(torch.backends, "fp32_precision"):  # torch >= 2.9
-            backends: tuple[Any, Any] = (torch.backends.cuda, torch.backends.mkldnn)
-            for flags in (backend.matmul for backend in backends):
-                stack.callback(setattr, flags, "fp32_precision", flags.fp32_precision)
-                flags.fp32_precision = "ieee"
-        else:
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
-        yield

@@ -2,40 +2,54 @@
 """Which models can be trained privately: what is refused before the start, and what is watched during it."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from wavedp.privacy.layers import SUPPORTED_LAYERS, LayerRule, rule_for
+from wavedp.privacy.layers import LayerRule
+from wavedp.privacy.rules import SUPPORTED_LAYERS, rule_for
 
 
-def booked_layers(model: nn.Module) -> dict[str, tuple[nn.Module, LayerRule]]:
+class BookedLayer(NamedTuple):
+    """A layer with trainable parameters."""
+
+    layer: nn.Module
+    rule: LayerRule
+    names: dict[str, str]  # what the rule calls a trainable parameter -> the model's name; tied ones share it
+
+
+def booked_layers(model: nn.Module) -> dict[str, BookedLayer]:
     """Return the layers of ``model`` that own trainable parameters, by name, with their rules.
 
+    A parameter that several layers own is booked in each of them, under its first name.
+
     Raises:
-        ValueError: a module computes across records, a trainable parameter belongs to a module without a
-            rule or to two modules, a layer's settings are not supported, or nothing is trainable. The message
-            names the module, its type, and what to do.
+        ValueError: a module computes across records, a trainable parameter belongs to a module without a rule, a
+            layer's settings are not supported, or nothing is trainable. The message names the module, its type, and
+            what to do.
     """
-    owners: dict[int, str] = {}
-    layers: dict[str, tuple[nn.Module, LayerRule]] = {}
-    for name, module in model.named_modules():
-        _refuse_cross_record(name, module)
-        trainable = {key: p for key, p in module.named_parameters(recurse=False) if p.requires_grad}
-        for key, parameter in trainable.items():
-            path = f"{name}.{key}" if name else key
-            if id(parameter) in owners:
-                raise ValueError(
-                    f"trainable parameter {owners[id(parameter)]!r} is also {path!r}: tied weights are not "
-                    f"supported, because the gradient of both uses has a cross term; give each module its own"
-                )
-            owners[id(parameter)] = path
-        if trainable:
-            layers[name] = (module, _rule(name, module, set(trainable)))
-    if not layers:
+    names = {id(parameter): name for name, parameter in trainable_parameters(model).items()}
+    if not names:
         raise ValueError("the model has no trainable parameter: nothing requires a gradient")
+    layers: dict[str, BookedLayer] = {}
+    covered: str | None = None  # beginning of the names below the last layer whose rule stands for its subtree
+    for path, module in model.named_modules(remove_duplicate=False):
+        _refuse_cross_record(path, module)
+        if covered is not None and path.startswith(covered):
+            continue
+        if any(module is booked.layer for booked in layers.values()):
+            continue  # one module under two names
+        rule = rule_for(module)
+        whole = rule is not None and rule.covers_children
+        owned = module.named_parameters(recurse=whole, remove_duplicate=False)
+        trainable = {key: names[id(p)] for key, p in owned if p.requires_grad}
+        if trainable:
+            layers[path] = BookedLayer(module, _checked(path, module, rule, set(trainable)), trainable)
+            if whole:
+                covered = f"{path}." if path else ""
     return layers
 
 
@@ -90,10 +104,9 @@ def saved_tensors(model: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
     return tensors
 
 
-def _rule(name: str, module: nn.Module, trainable: set[str]) -> LayerRule:
+def _checked(name: str, module: nn.Module, rule: LayerRule | None, trainable: set[str]) -> LayerRule:
     title = f"module {name!r} of type {type(module).__name__}"
-    rule = rule_for(module)
-    if rule is None or not trainable <= rule.parameters:
+    if rule is None or (rule.parameters is not None and not trainable <= rule.parameters):
         raise ValueError(
             f"{title} owns trainable parameters {sorted(trainable)} whose per-record gradients are not "
             f"known; supported are {SUPPORTED_LAYERS}: move the parameters into one of these, or freeze "

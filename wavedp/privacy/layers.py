@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer types whose per-record gradients are known: Linear, Embedding, LayerNorm, RMSNorm.
+"""How a layer type is run and differentiated per record, and the rules of Linear, Embedding, LayerNorm, RMSNorm.
 
-A rule runs its layer with detached parameters, so that autograd never computes their gradients, and later
-turns what was booked (inputs, output gradients) into per-record gradients, one form per parameter. A layer
-that is called several times in a forward books several calls; its gradient is their sum, taken exactly.
+A rule runs its layer with detached parameters, so that autograd never computes their gradients, and puts a tap
+behind every use of them. In the backward the tap books the use's input and output gradient, which the rule turns
+into per-record gradients, one form per parameter.
 """
 
 import math
@@ -15,60 +15,87 @@ from torch import Tensor, nn
 
 from wavedp.privacy.per_sample import Materialised, OuterProducts, PerSampleGradient, RowScatter
 
+_ops = torch.ops.wavedp
+
 
 class Call(NamedTuple):
-    """One call of a layer that the loss reached."""
+    """One use of a layer's parameters that the loss reached."""
 
-    inputs: Tensor  # [B, ...], the layer's input
-    output_grads: Tensor  # [B, ...], the loss's gradient with respect to the layer's output
+    inputs: Tensor  # [B, ...], what the parameters were applied to
+    output_grads: Tensor  # [B, ...], the loss's gradient with respect to the result
+
+
+class Tap(Protocol):
+    """Puts a tap behind one use of a layer's parameters."""
+
+    def __call__(
+        self,
+        output: Tensor,  # computed from detached parameters; returned, with the tap behind it
+        inputs: Tensor,  # kept for the backward
+        use: str = "",  # tells apart the uses that one layer makes in one call
+    ) -> Tensor: ...
 
 
 class LayerRule(Protocol):
     """How one layer type is run and differentiated per record. ``layer`` is always of the rule's own type."""
 
-    parameters: frozenset[str]
-    """Names of the parameters that the rule differentiates; a layer that trains others is refused."""
+    parameters: frozenset[str] | None
+    """Names of the parameters that the rule differentiates; a layer that trains others is refused. None: all."""
+
+    covers_children: bool
+    """Whether the rule stands for the layer's whole subtree; names are then dotted, as in named_parameters."""
 
     def refusal(self, layer: Any) -> str | None:
         """Return why this layer's settings are not supported and what to do, or ``None``."""
 
-    def forward(self, layer: Any, inputs: Tensor) -> Tensor:
-        """Run the layer with detached parameters."""
+    def forward(self, layer: Any, tap: Tap, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer with detached parameters, with a tap behind each use of them."""
 
-    def min_axes(self, layer: Any) -> int:
+    def min_axes(self, layer: Any, use: str) -> int:
         """Return how many axes an input has when it has a record axis and no token axis."""
 
-    def gradients(self, layer: Any, calls: list[Call]) -> dict[str, PerSampleGradient]:
-        """Return every parameter's per-record gradients, summed over the calls."""
+    def gradients(self, layer: Any, use: str, call: Call) -> dict[str, PerSampleGradient]:
+        """Return the per-record gradients of one use, by parameter name; uses of one parameter add up."""
 
 
 class LinearRule:
     """``y = x W^T + b`` on ``[B, ..., d]``: ``dW_b = sum_t g_bt x_bt^T`` and ``db_b = sum_t g_bt``."""
 
     parameters = frozenset({"weight", "bias"})
+    covers_children = False
 
     def refusal(self, layer: nn.Linear) -> str | None:
         return None
 
-    def forward(self, layer: nn.Linear, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, layer.weight.detach(), _detached(layer.bias))
+    def forward(self, layer: nn.Linear, tap: Tap, input: Tensor) -> Tensor:
+        return tap(F.linear(input, layer.weight.detach(), detached(layer.bias)), input)
 
-    def min_axes(self, layer: nn.Linear) -> int:
+    def min_axes(self, layer: nn.Linear, use: str) -> int:
         return 2
 
-    def gradients(self, layer: nn.Linear, calls: list[Call]) -> dict[str, PerSampleGradient]:
-        a = _joined([_tokens(call.inputs, 1) for call in calls])
-        g = _joined([_tokens(call.output_grads, 1) for call in calls])
-        gradients: dict[str, PerSampleGradient] = {"weight": OuterProducts(a, g)}
-        if layer.bias is not None:
-            gradients["bias"] = Materialised(g.sum(1, dtype=torch.float64))
-        return gradients
+    def gradients(self, layer: nn.Linear, use: str, call: Call) -> dict[str, PerSampleGradient]:
+        bias = layer.bias is not None and layer.bias.requires_grad
+        return linear_gradients(call, weight=layer.weight.requires_grad, bias=bias)
+
+
+def linear_gradients(call: Call, *, weight: bool, bias: bool) -> dict[str, PerSampleGradient]:
+    """The gradients of ``y = x W^T + b``: the norms of the weight's, and the bias's, from one pass."""
+    a, g = tokens(call.inputs, 1), tokens(call.output_grads, 1)
+    if not weight:
+        return {"bias": Materialised(g.sum(1, dtype=torch.float64))} if bias else {}
+    products = OuterProducts(a, g)
+    if not bias:
+        return {"weight": products}
+    squared, bound, bias_grads = _ops.linear_norms(a, g, True)
+    products.set_norms(squared, bound)
+    return {"weight": products, "bias": Materialised(bias_grads)}
 
 
 class EmbeddingRule:
     """``y = W[ids]``: row v of ``dW_b`` is the sum of ``g_bt`` over the tokens with ``id_bt = v``."""
 
     parameters = frozenset({"weight"})
+    covers_children = False
 
     def refusal(self, layer: nn.Embedding) -> str | None:
         if layer.max_norm is not None:
@@ -79,15 +106,14 @@ class EmbeddingRule:
             return "a noisy gradient is never sparse; build it with sparse=False"
         return None
 
-    def forward(self, layer: nn.Embedding, inputs: Tensor) -> Tensor:
-        return F.embedding(inputs, layer.weight.detach(), layer.padding_idx)
+    def forward(self, layer: nn.Embedding, tap: Tap, input: Tensor) -> Tensor:
+        return tap(F.embedding(input, layer.weight.detach(), layer.padding_idx), input)
 
-    def min_axes(self, layer: nn.Embedding) -> int:
+    def min_axes(self, layer: nn.Embedding, use: str) -> int:
         return 1
 
-    def gradients(self, layer: nn.Embedding, calls: list[Call]) -> dict[str, PerSampleGradient]:
-        ids = _joined([_tokens(call.inputs, 0) for call in calls])
-        g = _joined([_tokens(call.output_grads, 1) for call in calls])
+    def gradients(self, layer: nn.Embedding, use: str, call: Call) -> dict[str, PerSampleGradient]:
+        ids, g = tokens(call.inputs, 0).long(), tokens(call.output_grads, 1)
         return {"weight": RowScatter(ids, g, layer.num_embeddings, layer.padding_idx)}
 
 
@@ -98,73 +124,48 @@ class LayerNormRule:
     """
 
     parameters = frozenset({"weight", "bias"})
+    covers_children = False
+    _subtract_mean = True
 
     def refusal(self, layer: nn.Module) -> str | None:
         return None
 
-    def forward(self, layer: Any, inputs: Tensor) -> Tensor:
-        return self._normalise(layer, inputs, _detached(layer.weight), _detached(layer.bias))
+    def forward(self, layer: nn.LayerNorm, tap: Tap, input: Tensor) -> Tensor:
+        weight, bias = detached(layer.weight), detached(layer.bias)
+        return tap(F.layer_norm(input, layer.normalized_shape, weight, bias, layer.eps), input)
 
-    def min_axes(self, layer: Any) -> int:
+    def min_axes(self, layer: Any, use: str) -> int:
         return 1 + len(layer.normalized_shape)
 
-    def gradients(self, layer: Any, calls: list[Call]) -> dict[str, PerSampleGradient]:
-        axes = len(layer.normalized_shape)
-        weight, bias = [], []
-        for call in calls:
-            x = _tokens(call.inputs, axes)
-            normalised = self._normalise(layer, x.to(torch.promote_types(x.dtype, torch.float32)), None, None)
-            g = _tokens(call.output_grads, axes).double()
-            weight.append((g * normalised.double()).sum(1))
-            bias.append(g.sum(1))
-        return {
-            "weight": Materialised(torch.stack(weight).sum(0)),
-            "bias": Materialised(torch.stack(bias).sum(0)),
-        }
-
-    def _normalise(self, layer: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+    def gradients(self, layer: Any, use: str, call: Call) -> dict[str, PerSampleGradient]:
+        shape = tuple(layer.normalized_shape)
+        x, g = (tokens(tensor, len(shape)).flatten(2) for tensor in call)
+        if layer.eps is not None:
+            eps = layer.eps
+        else:  # of RMSNorm: that of the type it computes in
+            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        weight, bias = _ops.norm_grads(x, g, eps, self._subtract_mean)
+        gradients: dict[str, PerSampleGradient] = {"weight": Materialised(weight.unflatten(1, shape))}
+        if self._subtract_mean and layer.bias is not None:
+            gradients["bias"] = Materialised(bias.unflatten(1, shape))
+        return gradients
 
 
 class RMSNormRule(LayerNormRule):
     """``y = w * x / rms(x)``: as :class:`LayerNormRule`, without a bias."""
 
     parameters = frozenset({"weight"})
+    _subtract_mean = False
 
-    def forward(self, layer: Any, inputs: Tensor) -> Tensor:
-        return self._normalise(layer, inputs, _detached(layer.weight), None)
-
-    def _normalise(self, layer: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.rms_norm(x, layer.normalized_shape, weight, layer.eps)
+    def forward(self, layer: Any, tap: Tap, x: Tensor) -> Tensor:
+        return tap(F.rms_norm(x, layer.normalized_shape, detached(layer.weight), layer.eps), x)
 
 
-SUPPORTED_LAYERS = "Linear, Embedding, LayerNorm, RMSNorm"
-
-# Looked up by forward function: a subclass that keeps its parent's forward keeps its rule, and one that
-# changes it has none.
-_RULES: dict[object, LayerRule] = {
-    nn.Linear.forward: LinearRule(),
-    nn.Embedding.forward: EmbeddingRule(),
-    nn.LayerNorm.forward: LayerNormRule(),
-    nn.RMSNorm.forward: RMSNormRule(),
-}
-
-
-def rule_for(layer: nn.Module) -> LayerRule | None:
-    """Return the rule for a layer, or ``None`` where its type has none."""
-    return _RULES.get(type(layer).forward)
-
-
-def _detached(parameter: Tensor | None) -> Tensor | None:
+def detached(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.detach()
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Concatenate along the token axis; a single call, the usual case, is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _tokens(x: Tensor, trailing: int) -> Tensor:
+def tokens(x: Tensor, trailing: int) -> Tensor:
     """Reshape ``[B, ..., *trailing axes]`` to ``[B, T, *trailing axes]``."""
     split = x.ndim - trailing
     return x.reshape(x.shape[0], math.prod(x.shape[1:split]), *x.shape[split:])

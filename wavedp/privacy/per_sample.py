@@ -3,16 +3,16 @@
 
 Each form answers two questions without building ``[B, *parameter]`` where it can: every record's squared
 norm, and the sum over records weighted by clipping factors. A factor of 0 takes a record out by selection.
-
-Sums over records are float64 throughout, and lower precision stays inside one record: what a record
-contributes then does not depend on the rounding of the records beside it.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from wavedp import functional  # noqa: F401  (registers the ops)
 from wavedp.privacy.clipping import accumulation_dtype, weighted_record_sum
 
 NORM_ROUNDING = {torch.float32: 2.0**-20, torch.float64: 2.0**-49}
@@ -24,12 +24,7 @@ units in the last place, several times the error measured on cancelling terms; f
 raises the norm by T * 2^-21.
 """
 
-_CHUNK_ELEMENTS = 1 << 24
-_SUM_CHUNK_ELEMENTS = 1 << 22
-_MAX_TOKENS_IN_FLOAT32 = 4096
-
-_FEW_TOKENS = 64
-"""Below this many tokens, one float64 product over a block's rows is faster than building every record's."""
+_ops = torch.ops.wavedp
 
 
 class PerSampleGradient(Protocol):
@@ -39,85 +34,74 @@ class PerSampleGradient(Protocol):
         """Return ``[B]`` float64, not less than the squared norms; not finite where a record is not."""
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        """Return the sum over records, each times its factor ``[B]``, in float64."""
+        """Return the sum over records, each times its factor ``[B]``; float32 at least."""
+
+    def materialised(self) -> Tensor:
+        """Return ``[B, *parameter]``, whatever it takes."""
+
+    def by_record(self, record: Tensor, records: int) -> "PerSampleGradient":
+        """Add up the rows of every record: row i belongs to ``record[i]`` in ``[0, records)``."""
 
 
 class Materialised:
-    """Gradients small enough to be kept as they are: biases and normalisation weights."""
+    """Gradients kept as they are: biases, normalisation weights, and what nothing cheaper is known for."""
 
     def __init__(self, grads: Tensor) -> None:  # [B, *parameter]
-        self._grads = grads.double()
+        self.grads = grads
+        self._squared: Tensor | None = None
 
     def squared_norms(self) -> Tensor:
-        return self._grads.flatten(1).square().sum(1)
+        if self._squared is None:
+            self._squared = _ops.squared_norms(self.grads)
+        return self._squared
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        return weighted_record_sum(self._grads, factors)
+        return weighted_record_sum(self.grads, factors)
+
+    def materialised(self) -> Tensor:
+        return self.grads
+
+    def by_record(self, record: Tensor, records: int) -> "Materialised":
+        total = torch.zeros(records, *self.grads.shape[1:], dtype=torch.float64, device=self.grads.device)
+        return Materialised(total.index_add_(0, record, self.grads.double()))
 
 
 class OuterProducts:
-    """A Linear weight: record b's gradient is ``sum_t g_bt a_bt^T``, never built unless that is cheaper."""
+    """A Linear weight: record b's gradient is ``sum_t g_bt a_bt^T``, never built."""
 
     def __init__(
         self,
         activations: Tensor,  # [B, T, d]
         output_grads: Tensor,  # [B, T, p]
     ) -> None:
-        self._a = activations
-        self._g = output_grads
+        self.a = activations
+        self.g = output_grads
         self._dtype = accumulation_dtype(torch.promote_types(activations.dtype, output_grads.dtype))
+        self._squared: Tensor | None = None
 
     def squared_norms(self) -> Tensor:
-        a, g, share, peak = self._scaled(slice(None))
-        # |sum_t g_t a_t^T| <= sum_t |g_t| |a_t|
-        lengths = share * (a.square().sum(-1) * g.square().sum(-1)).sqrt()
-        bound = lengths.double().sum(1)
-        squared = self._squared_sums(a, g, share).clamp_min(0.0)
-        return peak.square() * (squared + NORM_ROUNDING[self._dtype] * bound.square())
+        if self._squared is None:
+            squared, bound, _ = _ops.linear_norms(self.a, self.g, False)
+            self.set_norms(squared, bound)
+        assert self._squared is not None
+        return self._squared
+
+    def set_norms(self, squared: Tensor, bound: Tensor) -> None:
+        """Take what ``linear_norms`` of the same tensors gave."""
+        self._squared = squared.clamp_min(0.0) + NORM_ROUNDING[self._dtype] * bound.square()
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        T, d, p = self._a.shape[1], self._a.shape[2], self._g.shape[2]
-        built = T >= _FEW_TOKENS
-        total = torch.zeros(p, d, dtype=torch.float64, device=self._g.device)
-        kept = factors.nonzero().squeeze(1)
-        for part in torch.split(kept, max(1, _SUM_CHUNK_ELEMENTS // max(1, d * p if built else T * (d + p)))):
-            a, g, share, peak = self._scaled(part)
-            weights = factors[part].double() * peak
-            if built:
-                for product, weight in zip(_record_products(a, g, share), weights.tolist()):
-                    total.add_(product, alpha=weight)
-            else:
-                rows = (share * weights[:, None])[..., None] * g
-                total += rows.flatten(0, 1).mT @ a.double().flatten(0, 1)
+        total: Tensor = _ops.scaled_weight_grad(self.g, self.a, factors)
         return total
 
-    def _scaled(self, records: Tensor | slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return rows with largest entry 1, their scales relative to the record's largest, and that one.
+    def materialised(self) -> Tensor:
+        return self.g.to(self._dtype).mT @ self.a.to(self._dtype)
 
-        The gradient is ``peak_b sum_t share_bt g_bt a_bt^T``. Scales are multiplied in float64, so that neither
-        huge nor tiny rows overflow or vanish on the way.
-        """
-        a, a_scale = _scaled_rows(self._a[records].to(self._dtype))
-        g, g_scale = _scaled_rows(self._g[records].to(self._dtype))
-        scale = a_scale * g_scale  # [B, T] float64
-        peak = scale.amax(1) if scale.shape[1] else scale.new_zeros(scale.shape[0])
-        return a, g, (scale / _one_where_zero(peak)[:, None]).to(self._dtype), peak
-
-    def _squared_sums(self, a: Tensor, g: Tensor, share: Tensor) -> Tensor:
-        """Return ``|sum_t share_t g_t a_t^T|^2`` ``[B]`` float64, by Gram matrices or by building, as is cheaper."""
-        T, d, p = a.shape[1], a.shape[2], g.shape[2]
-        by_gram = T * (d + p) <= d * p  # multiplications per record: T^2 (d + p) against T d p
-        chunk = max(1, _CHUNK_ELEMENTS // max(1, T * T if by_gram else d * p))
-        parts = []
-        rows = [torch.split(x, chunk) for x in (a, g, share)]
-        for a_part, g_part, s_part in zip(*rows):
-            if by_gram:
-                # <A A^T, G G^T> = sum_ts (a_t . a_s) (g_t . g_s)
-                gram = (a_part @ a_part.mT) * (g_part @ g_part.mT)
-                parts.append(((s_part[:, None] @ gram).squeeze(1) * s_part).sum(1).double())
-            else:
-                parts.append(_record_products(a_part, g_part, s_part).square().sum((1, 2)).double())
-        return torch.cat(parts) if parts else share.new_zeros(0, dtype=torch.float64)
+    def by_record(self, record: Tensor, records: int) -> "OuterProducts":
+        # The tokens of all rows of a record stand one after another, those of missing rows being zero.
+        index, missing = _places(record, records)
+        a, g = (x[index].masked_fill_(missing[:, :, None, None], 0).flatten(1, 2) for x in (self.a, self.g))
+        return OuterProducts(a, g)
 
 
 class RowScatter:
@@ -125,48 +109,113 @@ class RowScatter:
 
     def __init__(
         self,
-        ids: Tensor,  # [B, T] int
+        ids: Tensor,  # [B, T] int64
         output_grads: Tensor,  # [B, T, p]
         num_rows: int,
         padding_idx: int | None,
     ) -> None:
-        B, T = ids.shape
-        self._records = B
-        self._num_rows = num_rows
-        record = torch.arange(B, device=ids.device)[:, None].expand(B, T)
-        kept = torch.ones_like(ids, dtype=torch.bool) if padding_idx is None else ids != padding_idx
-        # One segment per (record, row) pair that occurs; the gradients of its tokens add up.
-        pairs, segment = torch.unique(record[kept] * num_rows + ids[kept], return_inverse=True)
-        self._record = pairs // num_rows
-        self._row = pairs % num_rows
-        grads = torch.zeros(pairs.numel(), output_grads.shape[-1], dtype=torch.float64, device=ids.device)
-        self._grads = grads.index_add_(0, segment, output_grads[kept].double())
+        self.ids = ids
+        self.g = output_grads
+        self.num_rows = num_rows
+        self.padding = -1 if padding_idx is None else padding_idx
+        self._squared: Tensor | None = None
 
     def squared_norms(self) -> Tensor:
-        squared = self._grads.square().sum(1)
-        return squared.new_zeros(self._records).index_add_(0, self._record, squared)
+        if self._squared is None:
+            self._squared = _ops.embedding_norms(self.ids, self.g, self.padding)
+        return self._squared
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        weights = factors[self._record][:, None].double()
-        rows = torch.where(weights > 0, self._grads * weights, torch.zeros_like(self._grads))
-        return rows.new_zeros(self._num_rows, rows.shape[1]).index_add_(0, self._row, rows)
+        total: Tensor = _ops.embedding_weight_grad(self.ids, self.g, factors, self.num_rows, self.padding)
+        return total
+
+    def materialised(self) -> Tensor:
+        g = self.g.to(accumulation_dtype(self.g.dtype))
+        g = g.masked_fill((self.ids == self.padding)[..., None], 0)
+        dense = g.new_zeros(g.shape[0], self.num_rows, g.shape[2])
+        return dense.scatter_add_(1, self.ids[..., None].expand_as(g), g)
+
+    def by_record(self, record: Tensor, records: int) -> "RowScatter":
+        index, missing = _places(record, records)
+        ids = self.ids[index].flatten(1, 2)
+        g = self.g[index].masked_fill_(missing[:, :, None, None], 0).flatten(1, 2)
+        return RowScatter(ids, g, self.num_rows, None if self.padding < 0 else self.padding)
 
 
-def _record_products(a: Tensor, g: Tensor, share: Tensor) -> Tensor:
-    """Return ``sum_t share_t g_t a_t^T`` ``[B, p, d]``; the partial sums of long records add up in float64."""
-    rows = (share[..., None] * g).split(_MAX_TOKENS_IN_FLOAT32, dim=1)
-    products: list[Tensor] = [r.mT @ x for r, x in zip(rows, a.split(_MAX_TOKENS_IN_FLOAT32, dim=1))]
-    total = products[0].double() if len(products) > 1 else products[0]
-    for product in products[1:]:
-        total += product
-    return total
+class TiedEmbedding:
+    """One matrix as Embedding and as Linear weight: ``|E + H|^2 = |E|^2 + |H|^2 + 2 <E, H>``.
+
+    ``<E, H> = sum_ts h_s[id_t] (e_t . a_s)`` with e the gradient at the embedding's output, h that at the Linear's
+    output and a the Linear's input (Ding et al. 2024, "phantom clipping").
+    """
+
+    def __init__(self, embedding: RowScatter, linear: OuterProducts) -> None:
+        self._embedding = embedding
+        self._linear = linear
+
+    def squared_norms(self) -> Tensor:
+        e, h = self._embedding, self._linear
+        total = e.squared_norms() + h.squared_norms() + 2.0 * self._cross()
+        # The cross term's own rounding is within a share of the two norms' product.
+        slack = e.squared_norms().sqrt() * h.squared_norms().sqrt() * (math.sqrt(NORM_ROUNDING[torch.float32]) / 64)
+        return total.clamp_min(0.0) + slack
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        return self._embedding.weighted_sum(factors) + self._linear.weighted_sum(factors)
+
+    def materialised(self) -> Tensor:
+        return self._embedding.materialised() + self._linear.materialised()
+
+    def by_record(self, record: Tensor, records: int) -> "TiedEmbedding":
+        return TiedEmbedding(self._embedding.by_record(record, records), self._linear.by_record(record, records))
+
+    def _cross(self) -> Tensor:
+        e, h = self._embedding, self._linear
+        ids = e.ids.clamp(0, e.num_rows - 1)
+        parts = []
+        for i in range(len(ids)):  # a record at a time: [S, T] and nothing larger
+            picked = h.g[i].double()[:, ids[i]]  # [S, T]
+            grads = e.g[i].double().masked_fill((e.ids[i] == e.padding)[:, None], 0)
+            parts.append((picked * (h.a[i].double() @ grads.mT)).sum())
+        return torch.stack(parts) if parts else e.g.new_zeros(0, dtype=torch.float64)
 
 
-def _scaled_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide every last-axis row of ``x`` by its largest absolute entry; return those in float64 as well."""
-    scale = x.abs().amax(-1)
-    return x / _one_where_zero(scale)[..., None], scale.double()
+def combined(forms: Sequence[PerSampleGradient]) -> PerSampleGradient:
+    """The sum of several uses of one parameter by the same records, cross terms included."""
+    if len(forms) == 1:
+        return forms[0]
+    outer = [form for form in forms if isinstance(form, OuterProducts)]
+    scatter = [form for form in forms if isinstance(form, RowScatter)]
+    same_rows = len({(form.num_rows, form.padding) for form in scatter}) <= 1
+    if len(outer) + len(scatter) == len(forms) and same_rows:
+        linear = _joined_products(outer) if outer else None
+        embedding = _joined_scatters(scatter) if scatter else None
+        if linear is None or embedding is None:
+            return linear or embedding or forms[0]
+        return TiedEmbedding(embedding, linear)
+    return Materialised(torch.stack([form.materialised().double() for form in forms]).sum(0))
 
 
-def _one_where_zero(x: Tensor) -> Tensor:
-    return torch.where(x == 0, torch.ones_like(x), x)
+def _joined_products(forms: Sequence[OuterProducts]) -> OuterProducts:
+    if len(forms) == 1:
+        return forms[0]
+    return OuterProducts(torch.cat([f.a for f in forms], dim=1), torch.cat([f.g for f in forms], dim=1))
+
+
+def _joined_scatters(forms: Sequence[RowScatter]) -> RowScatter:
+    if len(forms) == 1:
+        return forms[0]
+    ids = torch.cat([form.ids for form in forms], dim=1)
+    g = torch.cat([form.g for form in forms], dim=1)
+    return RowScatter(ids, g, forms[0].num_rows, None if forms[0].padding < 0 else forms[0].padding)
+
+
+def _places(record: Tensor, records: int) -> tuple[Tensor, Tensor]:
+    """For every record its rows ``[records, K]``, and which of these places are empty."""
+    counts = torch.bincount(record, minlength=records)
+    order = torch.argsort(record, stable=True)
+    widest = int(counts.max()) if records else 0
+    column = torch.arange(widest, device=record.device)
+    place = (counts.cumsum(0) - counts)[:, None] + column
+    missing = column >= counts[:, None]
+    return order[place.masked_fill(missing, 0)], missing

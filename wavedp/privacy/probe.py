@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-Place = tuple[str, int]
-"""A layer's name and the rank of its input."""
+Place = tuple[str, str, int]
+"""A layer's name, which of its uses of parameters it is, and the rank of what they are applied to."""
 
-TAP = "_TapBackward"
-"""Name in the graph of the node behind a booked layer; its ``layer`` is the layer's name."""
+TAP = "TapBackward"
+"""Name in the graph of the node behind a booked use; its ``place`` says which."""
 
 # No generator that training uses is advanced, and no seed repeats the parts.
 _RANDOM = random.SystemRandom()
@@ -37,14 +38,18 @@ class IndependenceProbe:
         """Record that a layer ran in a forward that may be differentiated."""
         self._seen.add(place)
 
-    def due(self, losses: Tensor) -> bool:
-        """Whether the backward of ``losses`` has to keep the graph and be followed by a look."""
-        count = self._passed[_operations(losses)] + 1
-        return len(losses) > 1 and (count & (count - 1) == 0 or not self._seen <= self._verified)
+    def due(self, *outputs: Tensor) -> bool:
+        """Whether the graph of ``outputs`` has to be looked at: it is kept, or a backward keeps it, for that."""
+        counts = [self._passed[_operations(tensor)] + 1 for tensor in outputs if len(tensor) > 1]
+        return any(count & (count - 1) == 0 for count in counts) or bool(counts and self.anything_unverified())
 
-    def unverified(self, places: set[Place]) -> set[Place]:
-        """Return those of ``places`` that were never looked at in full."""
-        return places - self._verified
+    def is_verified(self, place: Place) -> bool:
+        """Whether ``place`` was looked at in full."""
+        return place in self._verified
+
+    def anything_unverified(self) -> bool:
+        """Whether a layer ran that was never looked at in full."""
+        return not self._seen <= self._verified
 
     def passed(self, losses: Tensor, places: set[Place]) -> None:
         """Record that a backward of ``losses`` went well; ``places`` were looked at in full during it."""
@@ -65,6 +70,26 @@ class IndependenceProbe:
             yield ~odd
 
 
+    @staticmethod
+    def seed(output: Tensor, part: Tensor) -> Tensor:
+        """Return a cotangent of ``output`` ``[records, ...]`` for the records in ``part`` alone.
+
+        Ones for a vector of losses; else values all different, since a sum over a normalised axis has no gradient.
+        """
+        mask = part.to(output.device, output.dtype)
+        if output.ndim == 1:
+            return mask
+        values = torch.arange(1, output[0].numel() + 1, device=output.device, dtype=torch.float32).sin()
+        return values.to(output.dtype).reshape(output.shape[1:]) * mask.reshape(-1, *[1] * (output.ndim - 1))
+
+
+def rows_of_outputs(output: Any) -> tuple[list[Tensor], int]:
+    """Return the differentiable tensors in ``output`` that have the first one's number of rows, and that number."""
+    leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.ndim and x.grad_fn is not None]
+    rows = len(leaves[0]) if leaves else 0
+    return [x for x in leaves if len(x) == rows], rows
+
+
 def _operations(losses: Tensor) -> tuple[str, ...]:
     """Name the operations from the losses back to the first booked layers: what kind of loss it is."""
     names: list[str] = []
@@ -76,7 +101,7 @@ def _operations(losses: Tensor) -> tuple[str, ...]:
             continue
         met.add(node)
         if node.name() == TAP:
-            names.append(f"{TAP}:{node.layer}")
+            names.append(f"{TAP}:{node.place[0]}")
         else:
             names.append(node.name())
             waiting.extend(parent for parent, _ in node.next_functions)

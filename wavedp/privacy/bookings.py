@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one backward pass booked, and its clipping: norms, factors, and the sums of clipped gradients."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from wavedp.privacy.clipping import Clipping, accumulation_dtype
+from wavedp.privacy.per_sample import PerSampleGradient, combined
+
+
+class RecordMap:
+    """Which rows of a batch belong to the same record; a record's loss is the mean over its rows.
+
+    Args:
+        sample_id: ``[rows]`` int64, equal where the record is the same; its values do not matter otherwise.
+    """
+
+    def __init__(self, sample_id: Tensor) -> None:
+        if sample_id.dtype != torch.int64 or sample_id.ndim != 1:
+            raise TypeError(f"sample_id must be an int64 tensor [rows], got {sample_id.dtype} {tuple(sample_id.shape)}")
+        self.ids, self.index, counts = torch.unique(sample_id, return_inverse=True, return_counts=True)
+        self.rows = len(sample_id)
+        self.records = len(self.ids)
+        self._weights = 1.0 / counts.double()[self.index]
+
+    def weighted(self, output_grads: Tensor) -> Tensor:
+        """Divide every row of ``[rows, ...]`` by the number of rows that its record has."""
+        weights = self._weights.to(output_grads.device, torch.promote_types(output_grads.dtype, torch.float32))
+        return output_grads * weights.reshape(-1, *[1] * (output_grads.ndim - 1))
+
+
+class Bookings:
+    """The per-record gradients that one backward booked, by the model's parameter names."""
+
+    def __init__(self, record_map: RecordMap | None = None) -> None:
+        self.record_map = record_map
+        self.rows: int | None = None
+        self._forms: dict[str, list[PerSampleGradient]] = {}
+
+    def add(self, name: str, form: PerSampleGradient, *, alone: bool) -> None:
+        """Book one use of a parameter; ``alone`` promises that it is the only one, so its norms are taken at once.
+
+        What is booked was just computed and is in the cache then.
+        """
+        if self.record_map is not None:
+            form = form.by_record(self.record_map.index, self.record_map.records)
+        if alone:
+            form.squared_norms()
+        self._forms.setdefault(name, []).append(form)
+
+    @property
+    def records(self) -> int:
+        """Records that were booked."""
+        return (self.rows or 0) if self.record_map is None else self.record_map.records
+
+    def squared_norms(self, clipping: Clipping, scale: float, device: torch.device) -> dict[str, Tensor]:
+        """Every record's squared norm ``[B]`` float64 in each clipping group that was reached; joins the uses."""
+        norms: dict[str, Tensor] = {}
+        for name, forms in self._forms.items():
+            form = combined(forms)
+            self._forms[name] = [form]
+            squared = form.squared_norms().to(device)
+            group = clipping.group_of(name)
+            norms[group] = norms[group] + squared if group in norms else squared
+        return {group: squared * (scale * scale) for group, squared in norms.items()}
+
+    def clipped_sums(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        clipping: Clipping,
+        norms: Mapping[str, Tensor],
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """The sums over records of clipped gradients, each of the parameter's shape; empties the bookings."""
+        by_dtype: dict[torch.dtype, dict[str, Tensor]] = {}
+        sums = {}
+        for name in list(self._forms):
+            (form,) = self._forms.pop(name)
+            parameter = parameters[name]
+            dtype = accumulation_dtype(parameter.dtype)
+            if dtype not in by_dtype:
+                by_dtype[dtype] = dict(clipping.group_factors(norms, dtype))
+            factors = by_dtype[dtype][clipping.group_of(name)].to(parameter.device)
+            sums[name] = form.weighted_sum(factors * scale).reshape(parameter.shape)
+        return sums

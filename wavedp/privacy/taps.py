@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node behind each use of a booked parameter, and the two ways to take what it sees in a backward."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from wavedp.privacy.bookings import Bookings
+from wavedp.privacy.layers import Call
+from wavedp.privacy.probe import Place
+
+
+class Taker(Protocol):
+    """Takes what the taps see during one backward."""
+
+    def take(self, place: Place, call: Call) -> None: ...
+
+
+class Tap(torch.autograd.Function):
+    """The identity in the forward; hands a use's input and output gradient over in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, anchor: Tensor, inputs: Tensor, seen: Callable[[Place, Call], None], place: Place
+    ) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.seen, ctx.place = seen, place
+        if output._is_view():
+            return output.view_as(output)
+        # Marked as changed in place: the result is then no view, and an in-place activation may follow.
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (inputs,) = ctx.saved_tensors
+        ctx.seen(ctx.place, Call(inputs, grads[0]))
+        return grads[0], None, None, None, None
+
+
+class Booking:
+    """Turns uses into per-record gradients.
+
+    Args:
+        bookings: where they are added.
+        gradients: turns a use at a place into forms by parameter name, with whether each is the parameter's only
+            use in this backward.
+        min_axes: axes that an input at a place has when it has a record axis and no token axis.
+        is_verified: whether it is known that a place keeps records apart.
+        rows: rows of every input; that of the first if ``None``.
+    """
+
+    def __init__(
+        self,
+        bookings: Bookings,
+        gradients: Callable[[Place, Call], Iterator[tuple[str, Any, bool]]],
+        min_axes: Callable[[Place], int],
+        is_verified: Callable[[Place], bool],
+        rows: int | None = None,
+    ) -> None:
+        self.bookings = bookings
+        self.unverified: set[Place] = set()
+        bookings.rows = rows
+        self._gradients = gradients
+        self._min_axes = min_axes
+        self._is_verified = is_verified
+
+    def take(self, place: Place, call: Call) -> None:
+        bookings = self.bookings
+        if bookings.rows is None and call.inputs.ndim:
+            bookings.rows = len(call.inputs)
+        check_record_axis(place, call, bookings.rows or 0, self._min_axes(place))
+        if not self._is_verified(place) and nonzero(call.output_grads):
+            self.unverified.add(place)
+        with torch.no_grad(), exact_arithmetic():
+            if bookings.record_map is not None:
+                call = Call(call.inputs, bookings.record_map.weighted(call.output_grads))
+            for name, form, alone in self._gradients(place, call):
+                bookings.add(name, form, alone=alone)
+
+
+class Look:
+    """Looks whether rows outside a part of the batch receive a gradient when only the part is differentiated."""
+
+    def __init__(self, outside: Tensor, min_axes: Callable[[Place], int]) -> None:  # [rows] bool
+        self.reached: set[Place] = set()
+        self._outside = outside
+        self._min_axes = min_axes
+
+    def take(self, place: Place, call: Call) -> None:
+        check_record_axis(place, call, len(self._outside), self._min_axes(place))
+        if nonzero(call.output_grads[self._outside.to(call.output_grads.device)]):
+            raise RuntimeError(
+                f"layer {place[0]!r}: the losses of some records depend on rows of other records, so no record's "
+                f"contribution can be bounded; give every booked layer an input whose first axis is the record "
+                f"axis, in the order of the losses (expand shared inputs such as position ids to [B, T]), and "
+                f"remove what mixes records (batch statistics, in-batch negatives)"
+            )
+        if nonzero(call.output_grads):
+            self.reached.add(place)
+
+
+def check_record_axis(place: Place, call: Call, rows: int, min_axes: int) -> None:
+    if call.inputs.ndim < min_axes or call.inputs.shape[0] != rows:
+        raise RuntimeError(
+            f"layer {place[0]!r} got an input of shape {tuple(call.inputs.shape)} for {rows} losses: its "
+            f"first axis must be the record axis; expand inputs that records share (position ids to [B, "
+            f"T]) and keep records apart from tokens ([B, T, d], not [B * T, d])"
+        )
+
+
+def nonzero(x: Tensor) -> bool:
+    """Whether ``x`` has a finite entry other than 0; a non-finite record spreads NaN where nothing flows."""
+    return bool(((x != 0) & torch.isfinite(x)).any())
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Keep norms and sums in full float32: no autocast, no TF32, no bfloat16 inside float32 products."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if hasattr(torch.backends, "fp32_precision"):  # torch >= 2.9
+            backends: tuple[Any, Any] = (torch.backends.cuda, torch.backends.mkldnn)
+            for flags in (backend.matmul for backend in backends):
+                stack.callback(setattr, flags, "fp32_precision", flags.fp32_precision)
+                flags.fp32_precision = "ieee"
+        else:
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        yield
