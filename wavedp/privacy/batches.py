@@ -37,6 +37,8 @@ class BatchTracker:
         self._record_bound = record_bound if sampler is None else sampler.num_records
         self._finished = 0  # of the drawn batches, those stepped or dropped
         self._booked: set[int] = set()
+        self._announced: frozenset[int] = frozenset()
+        self._announced_left = 0
         self._members: tuple[int, frozenset[int]] = (0, frozenset())
         self._failed = False
         self._dropped = False
@@ -66,15 +68,13 @@ class BatchTracker:
                 f"gives the waiting batches up; further steps then get no privacy statement"
             )
 
-    def check_records(self, losses: Tensor, records: Tensor | None) -> frozenset[int]:
-        """Return the indices of a micro-batch, after checking that they may be added to the batch.
+    def check_records(self, rows: int | None, records: Tensor | None) -> frozenset[int]:
+        """Return the indices of a micro-batch of ``rows`` records, after checking that they may be added to the batch.
 
         Raises:
             TypeError: ``records`` is missing though there is a sampler, or is not an int64 tensor.
-            ValueError: shapes differ, or an index is out of range, was not drawn, or comes twice.
+            ValueError: the number differs, or an index is out of range, was not drawn, or comes twice.
         """
-        if not isinstance(losses, Tensor):
-            raise TypeError(f"losses must be a tensor [b], got {type(losses).__name__}")
         if records is None:
             if self._sampler is not None:
                 raise TypeError("pass records=, the micro-batch's indices: they are checked against the drawn batch")
@@ -82,8 +82,8 @@ class BatchTracker:
         if not isinstance(records, Tensor) or records.dtype != torch.int64:
             kind = records.dtype if isinstance(records, Tensor) else type(records).__name__
             raise TypeError(f"records must be an int64 tensor of record indices, got {kind}")
-        if losses.ndim == 1 and records.shape != losses.shape:
-            raise ValueError(f"records has shape {tuple(records.shape)}, losses {tuple(losses.shape)}")
+        if rows is not None and tuple(records.shape) != (rows,):
+            raise ValueError(f"records has shape {tuple(records.shape)}, losses are of {rows} records")
         indices = frozenset(records.flatten().tolist())
         if len(indices) != records.numel() or indices & self._booked:
             raise ValueError("a record comes twice in one logical batch and would contribute twice the bound")
@@ -92,6 +92,33 @@ class BatchTracker:
         if self._sampler is not None and not indices <= self._drawn_members():
             raise ValueError("records holds indices that are not in the batch that the sampler drew last")
         return indices
+
+    @property
+    def announced(self) -> bool:
+        """Whether a loader said which records are next."""
+        return self._announced_left > 0
+
+    def announce(self, records: Tensor) -> None:
+        """Note the indices of the micro-batch that plain backwards, which cannot name their records, are about."""
+        self._announced = frozenset(records.tolist())
+        self._announced_left = len(self._announced)
+
+    def check_count(self, records: int) -> frozenset[int]:
+        """Take ``records`` of the announced ones; returns them all with the last of them.
+
+        Raises:
+            RuntimeError: more records than were announced: a second backward of the same ones, most likely.
+        """
+        if self._sampler is None:
+            return frozenset()
+        if records > self._announced_left:
+            raise RuntimeError(
+                f"a backward of {records} records, where {self._announced_left} of the loader's batch are left: a "
+                f"second backward of the same records would let each contribute twice; sum losses before one backward, "
+                f"and set sample_id where a record has several rows"
+            )
+        self._announced_left -= records
+        return self._announced if self._announced_left == 0 else frozenset()
 
     def check_complete(self) -> None:
         """Raise a RuntimeError unless the records booked are exactly the batch that was drawn."""

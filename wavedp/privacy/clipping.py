@@ -6,8 +6,9 @@ Every record's gradient, taken over all trainable parameters at once, is scaled 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     if not dtype.is_floating_point:
         raise TypeError(f"gradients must be real floating point, got {dtype}")
     return torch.promote_types(dtype, torch.float32)
+
+
+class Clipping(Protocol):
+    def group_of(self, name: str) -> str: ...
+    def group_factors(self, squared_norms: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]: ...
+    def sensitivity(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,19 @@ class FlatClipping:
         # C / 0 is infinite and stays unclipped; C / inf is 0; NaN fails both comparisons and ends as 0.
         factors = torch.where(ratio >= 1.0, torch.ones_like(ratio), ratio)
         return torch.where(factors >= torch.finfo(dtype).tiny, factors, torch.zeros_like(factors)).to(dtype)
+
+    def group_of(self, name: str) -> str:
+        return ""
+
+    def group_factors(self, squared_norms: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"": self.factors(squared_norms[""], dtype)} if squared_norms else {}
+
+    def session(self, entropy: object) -> "FlatClipping":
+        return self
+
+    def observe(self, squared_norms: Mapping[str, Tensor]) -> None: ...
+
+    def end_step(self) -> None: ...
 
     def sensitivity(self) -> float:
         """Return the l2 sensitivity of the sum under add-or-remove-one, rounding included."""

@@ -8,7 +8,7 @@ micro-batch, followed by one :meth:`PrivateOptimizer.step`, which is the only re
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wavedp.privacy import accounting
 from wavedp.privacy.batches import BatchTracker, check_sampler
+from wavedp.privacy.bookings import Bookings
 from wavedp.privacy.bookkeeping import GradientBook
 from wavedp.privacy.clipping import accumulation_dtype
 from wavedp.privacy.contents import ContentsWatch
@@ -64,6 +65,8 @@ class PrivateOptimizer:
         reserve_steps: steps reserved in the ledger at a time; a crash charges at most this many too many.
         insecure_seed: for debugging: reproducible noise, and no privacy statement.
         without_privacy: must be set if ``spec.noise_multiplier`` is 0; no privacy statement is issued then.
+        loss_reduction: ``"mean"`` or ``"sum"`` lets a plain ``loss.backward()`` add to the batch too, ``loss`` being
+            that reduction of one loss per row; ``None`` refuses it.
 
     Raises:
         TypeError: an argument of a wrong type; a sampler of a subclass.
@@ -84,6 +87,7 @@ class PrivateOptimizer:
         reserve_steps: int = 10,
         insecure_seed: int | None = None,
         without_privacy: bool = False,
+        loss_reduction: str | None = None,
     ) -> None:
         for name, value, kind in (
             ("model", model, nn.Module),
@@ -98,6 +102,8 @@ class PrivateOptimizer:
             raise ValueError("noise_multiplier is 0, which is not private; pass without_privacy=True if it is meant")
         if ledger is not None and ledger.spec != spec:
             raise LedgerError(f"{ledger.path} was opened for another specification than the optimizer's")
+        if loss_reduction not in (None, "mean", "sum"):
+            raise ValueError(f"loss_reduction must be 'mean', 'sum' or None, got {loss_reduction!r}")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("LBFGS evaluates the loss several times per step, each of which would be a release")
         self._spec = spec
@@ -117,7 +123,9 @@ class PrivateOptimizer:
         self._sums: dict[str, Tensor] = {}
         self._releasing = False
         self._changed_at_close: list[str] = []
-        self._book = GradientBook(model)
+        self._loss_reduction = loss_reduction
+        self._clipping = spec.clipping.session(self._entropy)
+        self._book = GradientBook(model, listener=None if loss_reduction is None else self._heard)
         try:
             self._check_model()
             self._contents = ContentsWatch(model)
@@ -187,15 +195,18 @@ class PrivateOptimizer:
 
     def backward(
         self,
-        losses: Tensor,  # [b], one loss per record of this micro-batch
+        losses: Tensor,  # [b], one loss per row of this micro-batch
         records: Tensor | None = None,  # [b] int, the records' indices
+        *,
+        sample_id: Tensor | None = None,  # [b] int64, the record of each row
     ) -> None:
         """Run the backward of one micro-batch, clip every record's gradient, and add the sum to the batch's.
 
-        The first call of a logical batch charges the step. ``records`` must be given if there is a sampler,
-        and come from the batch that it drew last; a record that comes twice in one logical batch would
-        contribute 2 C and raises. ``records`` that is refused leaves the batch as it was. Any later failure
-        ends it: :meth:`discard` is all that remains.
+        The first call of a logical batch charges the step. ``records`` must be given if there is a sampler (unless
+        a loader announced them), and come from the batch that it drew last; a record that comes twice in one logical
+        batch would contribute 2 C and raises. With ``sample_id`` a record may have several rows: its loss is their
+        mean, and ``records``, if given, holds each record once. ``records`` that is refused leaves the batch as it
+        was. Any later failure ends it: :meth:`discard` is all that remains.
 
         Raises:
             TypeError: ``losses`` is not a tensor, or ``records`` is missing or not an int64 tensor.
@@ -205,19 +216,27 @@ class PrivateOptimizer:
         """
         with self._alone():
             self._batch.check_turn()
-            indices = self._batch.check_records(losses, records)
-            try:
-                self._begin_step()
-                for name, part in self._book.clipped_sums(losses, self._spec.clipping).items():
-                    if name in self._sums:
-                        self._sums[name] += part
-                    else:
-                        self._sums[name] = part
-                self._batch.add(indices)
-            except BaseException:
-                if self._batch.pending:
-                    self._batch.fail()
-                raise
+            if not isinstance(losses, Tensor):
+                raise TypeError(f"losses must be a tensor [b], got {type(losses).__name__}")
+            rows = losses.numel() if sample_id is None else len(torch.unique(sample_id))
+            if records is None and self._batch.announced:
+                indices = self._batch.check_count(rows)
+            else:
+                indices = self._batch.check_records(rows if losses.ndim == 1 else None, records)
+            self._add(
+                lambda: self._book.clipped_sums(
+                    losses, self._clipping, sample_id=sample_id, observe=self._clipping.observe
+                ),
+                indices,
+            )
+
+    def set_sample_id(self, sample_id: Tensor | None) -> None:
+        """Say which record each row belongs to, ``[rows]`` int64, in plain backwards from now on; ``None``: its own."""
+        self._book.sample_id = sample_id
+
+    def announce(self, records: Tensor) -> None:
+        """Say which records, of the batch that was drawn last, the next plain backwards are about; for loaders."""
+        self._batch.announce(records)
 
     def step(self, closure: object = None) -> None:
         """Release the batch: add noise to every sum, round, divide by the expected batch size, and step.
@@ -234,6 +253,7 @@ class PrivateOptimizer:
         with self._alone():
             self._batch.check_turn()
             self._batch.check_complete()
+            self._book.check_nothing_unbooked()
             self._check_model()
             _refuse_changed(self._contents.changed())
             self._begin_step()
@@ -356,8 +376,31 @@ class PrivateOptimizer:
         self._started += 1
         self._batch.pending = True
 
+    def _heard(self, bookings: Bookings) -> None:
+        """A plain backward has ended."""
+        with self._alone():
+            self._batch.check_turn()
+            scale = float(bookings.rows or 0) if self._loss_reduction == "mean" else 1.0
+            self._add(
+                lambda: self._book.clip(bookings, self._clipping, scale=scale, observe=self._clipping.observe),
+                self._batch.check_count(bookings.records),
+            )
+
+    def _add(self, clipped_sums: Callable[[], dict[str, Tensor]], indices: frozenset[int]) -> None:
+        try:
+            self._begin_step()
+            for name, part in clipped_sums().items():
+                # Micro-batches add up in float64; one alone is as it is.
+                self._sums[name] = self._sums[name].double() + part if name in self._sums else part
+            self._batch.add(indices)
+        except BaseException:
+            if self._batch.pending:
+                self._batch.fail()
+            raise
+
     def _drop(self) -> None:
         self._sums.clear()
+        self._book.forget()
         self._batch.drop()
 
     def _release(self) -> None:

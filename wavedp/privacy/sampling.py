@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Poisson sampling: at every step each record joins the batch independently with the public sample rate."""
 
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -37,7 +38,8 @@ class PoissonSampler:
     iterating again goes on where it stopped. Nothing of its state can be saved: a resumed run samples afresh.
 
     A :class:`~wavedp.privacy.PrivateOptimizer` built with the sampler accepts the batch drawn last and no
-    other, so batches cannot be drawn ahead (no ``list(sampler)``, no prefetching loader).
+    other, so iteration cannot run ahead (no ``list(sampler)``, no prefetching loader); :meth:`ahead` tells a loader
+    what to prepare.
 
     Args:
         num_records: records in the private data set. It is used for nothing but drawing the indices.
@@ -57,6 +59,7 @@ class PoissonSampler:
         self._threshold = membership_threshold(self._sample_rate)
         self._entropy = Entropy(insecure_seed, "sampling")
         self._drawn = 0
+        self._ahead: deque[Tensor] = deque()
         self._last_batch: Tensor | None = None
 
     @classmethod
@@ -112,6 +115,20 @@ class PoissonSampler:
         """A copy of the batch drawn last, ``None`` before the first."""
         return None if self._last_batch is None else self._last_batch.clone()
 
+    def ahead(self, number: int) -> Tensor:
+        """Return batch ``number``, counted from 0, before iteration reaches it, so that its data can be prepared.
+
+        It counts as drawn when iteration reaches it, and is the same batch then.
+
+        Raises:
+            IndexError: the batch was drawn already, or there is none of that number.
+        """
+        if not self._drawn <= number < self._steps:
+            raise IndexError(f"batch {number} is not ahead: {self._drawn} of {self._steps} are drawn")
+        while len(self._ahead) <= number - self._drawn:
+            self._ahead.append(self._sample())
+        return self._ahead[number - self._drawn].clone()
+
     def __len__(self) -> int:
         return self._steps
 
@@ -122,7 +139,7 @@ class PoissonSampler:
     def _draw(self) -> Tensor:
         self._drawn += 1
         self._last_batch = None  # An interrupt in the draw leaves a batch that nothing can be booked for.
-        self._last_batch = self._sample()
+        self._last_batch = self._ahead.popleft() if self._ahead else self._sample()
         return self._last_batch
 
     def _sample(self) -> Tensor:

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A data loader whose batches are those that a Poisson sampler draws."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from wavedp.privacy.optimizer import PrivateOptimizer
+from wavedp.privacy.sampling import PoissonSampler, physical_batches
+from wavedp.privacy.validation import check_integer
+
+
+class PrivateLoader(Iterable[Any]):
+    """Yields the data of every batch that the sampler of ``private`` draws, in physical batches.
+
+    One iteration yields as many logical batches as an epoch has in expectation, ``round(1 / sample_rate)``, or those
+    that are left; the next goes on from there. An empty batch is not yielded: its step, noise alone, is taken on the
+    way. Workers prepare the batches that come next.
+
+    Args:
+        source: its data set, ``collate_fn`` and workers are used; its batches, order and sampler are not.
+        private: an optimizer with a sampler.
+        physical_batch_size: records at most in what is yielded; ``None`` yields whole logical batches.
+
+    Raises:
+        ValueError: the data set is iterable-style, or of another size than the sampler draws from.
+    """
+
+    def __init__(
+        self, source: DataLoader[Any], private: PrivateOptimizer, physical_batch_size: int | None = None
+    ) -> None:
+        if private.sampler is None:
+            raise ValueError("the optimizer has no sampler")
+        if isinstance(source.dataset, IterableDataset):
+            raise ValueError("an IterableDataset has no records to draw from: use a map-style data set")
+        self.dataset = source.dataset
+        self.sampler: PoissonSampler = private.sampler
+        if len(source.dataset) != self.sampler.num_records:  # type: ignore[arg-type]
+            raise ValueError("the sampler draws from another number of records than the data set has")
+        size = self.sampler.num_records if physical_batch_size is None else physical_batch_size
+        self.physical_batch_size = check_integer("physical_batch_size", max(size, 1), at_least=1)
+        self.at_end_of_batch = True
+        """Whether what was yielded last ends a logical batch."""
+        self._private = private
+        self._planned: dict[int, list[Tensor]] = {}
+        self._epoch = max(1, round(1.0 / self.sampler.sample_rate))
+        settings = {name: getattr(source, name) for name in _KEPT}
+        self._source: DataLoader[Any] = DataLoader(source.dataset, batch_sampler=_Chunks(self), **settings)
+        self._fetched: Iterator[Any] | None = None
+
+    def __len__(self) -> int:
+        return self._epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.sampler)
+        for _ in range(self._epoch):
+            number = self.sampler.drawn
+            if number >= self.sampler.steps:
+                return
+            chunks = self.plan(number)
+            next(batches)
+            if not chunks:
+                self._private.step()
+            yield from self._data(chunks)
+            del self._planned[number]
+
+    def _data(self, chunks: list[Tensor]) -> Iterator[Any]:
+        left = len(chunks)
+        try:
+            for chunk in chunks:
+                if self._fetched is None:
+                    self._fetched = iter(self._source)
+                data = next(self._fetched)
+                left -= 1
+                self._private.announce(chunk)
+                self.at_end_of_batch = left == 0
+                yield data
+        finally:
+            if left:  # left in the middle: what is prepared belongs to this batch
+                self._fetched = None
+
+    def plan(self, number: int) -> list[Tensor]:
+        """The physical batches of a logical one that was not drawn yet."""
+        if number not in self._planned:
+            self._planned[number] = list(physical_batches(self.sampler.ahead(number), self.physical_batch_size))
+        return self._planned[number]
+
+
+_KEPT = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "generator",
+)
+
+
+class _Chunks:
+    """The indices of all physical batches, in order, as a DataLoader asks for them."""
+
+    def __init__(self, loader: PrivateLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in range(self._loader.sampler.drawn - 1, self._loader.sampler.steps):
+            for chunk in self._loader.plan(number):
+                yield chunk.tolist()
