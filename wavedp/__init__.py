@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused Haar-wavelet and differential-privacy kernels for PyTorch, and coarse-to-fine private image generation.
 
-The wavelet functions are imported eagerly; everything else loads on first use, so that ``import wavedp``
+The functions on tensors are imported eagerly; everything else loads on first use, so that ``import wavedp``
 stays light, compiles nothing and never initialises CUDA.
 """
 
@@ -15,9 +15,15 @@ if (_CHECKOUT / "kernels" / "wavelet.py").is_file() and (_CHECKOUT / "csrc").is_
     __path__.append(str(_CHECKOUT))
 
 from wavedp.functional import (  # noqa: E402
+    clip_and_sum,
+    clip_factors,
     coarse,
     dwt2,
+    embedding_grad_norm,
+    ghost_norm,
     idwt2,
+    per_sample_norm,
+    scaled_weight_grad,
     wavedec2,
     wavelet_tokens,
     wavelet_untokens,
@@ -38,9 +44,15 @@ _LAZY_MODULES = ("compat", "data", "functional", "models", "ops", "pipeline", "p
 __all__ = [
     "CoarseToFineOutput",
     "CoarseToFinePipeline",
+    "clip_and_sum",
+    "clip_factors",
     "coarse",
     "dwt2",
+    "embedding_grad_norm",
+    "ghost_norm",
     "idwt2",
+    "per_sample_norm",
+    "scaled_weight_grad",
     "wavedec2",
     "wavelet_tokens",
     "wavelet_untokens",

@@ -41,11 +41,33 @@ from wavedp.ops.wavelet import (
     compute_waverec2_of,
     result_dtype,
 )
+from wavedp.per_sample import (
+    clip_and_sum,
+    clip_factors,
+    embedding_grad_norm,
+    ghost_norm,
+    per_sample_norm,
+    scaled_weight_grad,
+)
 from wavedp.tokens import wavelet_tokens, wavelet_untokens
 
 Details: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
-__all__ = ["coarse", "dwt2", "idwt2", "wavedec2", "wavelet_tokens", "wavelet_untokens", "waverec2"]
+__all__ = [
+    "clip_and_sum",
+    "clip_factors",
+    "coarse",
+    "dwt2",
+    "embedding_grad_norm",
+    "ghost_norm",
+    "idwt2",
+    "per_sample_norm",
+    "scaled_weight_grad",
+    "wavedec2",
+    "wavelet_tokens",
+    "wavelet_untokens",
+    "waverec2",
+]
 
 
 def dwt2(

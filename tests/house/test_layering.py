@@ -36,8 +36,9 @@ ARROWS: dict[str, set[str]] = {
     "compat": {"functional"},
     "storage": set(),
     "extras": set(),
-    "functional": {"ops", "tokens"},
+    "functional": {"ops", "tokens", "per_sample"},
     "tokens": {"ops"},  # the token functions of functional
+    "per_sample": {"ops"},  # and its functions on the gradients of single records
     "ops": {"kernels", "native", "reference"},
     "reference": set(),
     "kernels": set(),

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops in ``torch.ops.wavedp`` and the choice of who computes them. Importing this registers the ops."""
 
-from wavedp.ops import wavelet, wavelet_autograd, wavelet_tokens, wavelet_tokens_autograd
+from wavedp.ops import per_sample, wavelet, wavelet_autograd, wavelet_tokens, wavelet_tokens_autograd
 from wavedp.ops.backend import available_backends, use_backend
 
 __all__ = [
     "available_backends",
+    "per_sample",
     "use_backend",
     "wavelet",
     "wavelet_autograd",
