@@ -32,10 +32,14 @@ from wavedp.functional import (  # noqa: E402
 
 if TYPE_CHECKING:
     from wavedp.pipeline import CoarseToFineOutput, CoarseToFinePipeline
+    from wavedp.privacy.engine import PrivacyEngine
+    from wavedp.privacy.spec import PrivacySpec
 
 __version__ = "0.1.0"
 
 _LAZY_ATTRIBUTES = {
+    "PrivacyEngine": "wavedp.privacy.engine",
+    "PrivacySpec": "wavedp.privacy.spec",
     "CoarseToFinePipeline": "wavedp.pipeline",
     "CoarseToFineOutput": "wavedp.pipeline",
 }
@@ -44,6 +48,8 @@ _LAZY_MODULES = ("compat", "data", "functional", "models", "ops", "pipeline", "p
 __all__ = [
     "CoarseToFineOutput",
     "CoarseToFinePipeline",
+    "PrivacyEngine",
+    "PrivacySpec",
     "clip_and_sum",
     "clip_factors",
     "coarse",

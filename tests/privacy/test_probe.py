@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wavedp.privacy import FlatClipping, GradientBook
-from wavedp.privacy.probe import IndependenceProbe
+from wavedp.privacy.probe import IndependenceProbe, Place
 
 Make = Callable[..., Any]
 
@@ -183,13 +183,13 @@ def test_another_kind_of_loss_is_looked_at(linear: nn.Linear, before: int) -> No
 def test_looks_come_at_powers_of_two(linear: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
     step, looks = 0, []
 
-    def look(*_: object, full: bool) -> set[tuple[str, int]]:
+    def look(*_: object, full: bool) -> set[Place]:
         looks.append((step, full))
         return set()
 
-    monkeypatch.setattr(GradientBook, "_look_between_records", look)
+    monkeypatch.setattr(GradientBook, "_look", look)
     with GradientBook(linear) as book:
-        book._probe._verified.add(("", 2))
+        book._probe._verified.add(("", "", 2))
         while step < 17:
             step += 1
             book.clipped_sums(squares(linear(torch.randn(4, 3))), FlatClipping(1.0))

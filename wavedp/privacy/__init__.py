@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     )
     from wavedp.privacy.bookkeeping import GradientBook
     from wavedp.privacy.clipping import FlatClipping, clip_and_sum
+    from wavedp.privacy.engine import EngineOptimizer, PrivacyEngine
     from wavedp.privacy.entropy import Entropy
     from wavedp.privacy.independence import check_records_independent
     from wavedp.privacy.ledger import LedgerError, PrivacyLedger
+    from wavedp.privacy.loader import PrivateLoader
     from wavedp.privacy.noise import gaussian_noise, grid_step, round_to_grid
     from wavedp.privacy.optimizer import PrivateOptimizer
     from wavedp.privacy.sampling import PoissonSampler, physical_batches
@@ -24,14 +26,17 @@ if TYPE_CHECKING:
     from wavedp.privacy.statement import PrivacyStatement
 
 _HOMES = {
+    "EngineOptimizer": "engine",
     "Entropy": "entropy",
     "FlatClipping": "clipping",
     "GradientBook": "bookkeeping",
     "LedgerError": "ledger",
     "PoissonSampler": "sampling",
+    "PrivacyEngine": "engine",
     "PrivacyLedger": "ledger",
     "PrivacySpec": "spec",
     "PrivacyStatement": "statement",
+    "PrivateLoader": "loader",
     "PrivateOptimizer": "optimizer",
     "check_records_independent": "independence",
     "clip_and_sum": "clipping",
@@ -47,14 +52,17 @@ _HOMES = {
 }
 
 __all__ = [
+    "EngineOptimizer",
     "Entropy",
     "FlatClipping",
     "GradientBook",
     "LedgerError",
     "PoissonSampler",
+    "PrivacyEngine",
     "PrivacyLedger",
     "PrivacySpec",
     "PrivacyStatement",
+    "PrivateLoader",
     "PrivateOptimizer",
     "check_records_independent",
     "clip_and_sum",

@@ -67,7 +67,7 @@ class GradientBook:
             vars(layer)["forward"] = types.MethodType(self._tapped_forward(name), layer)
         self._is_outer = "forward" not in vars(model)
         if self._is_outer:
-            vars(model)["forward"] = types.MethodType(self._model_forward, model)
+            vars(model)["forward"] = types.MethodType(self._watched_forward(), model)
 
     def __enter__(self) -> "GradientBook":
         return self
@@ -95,8 +95,7 @@ class GradientBook:
         """Run the backward of ``losses`` and return, by parameter name, the sums of clipped gradients.
 
         Row b of the losses, and of every booked layer's input, belongs to record b, or to record ``sample_id[b]``,
-        whose loss is the mean over its rows. Sums have the parameter's shape, in float32, or float64 for float64
-        parameters; a parameter that the loss does not reach is missing. A record whose gradient is not finite
+        whose loss is the mean over its rows. Sums have the parameter's shape, in float32 or float64; a parameter that the loss does not reach is missing. A record whose gradient is not finite
         contributes zero. On any error nothing stays booked.
 
         Gradients that flow between records are looked for, and refused, when a layer first gets a gradient and
@@ -146,17 +145,22 @@ class GradientBook:
                 f"not known; call the layer itself, or freeze the parameter"
             )
 
-    def _model_forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _watched_forward(self) -> Callable[..., Any]:
         """The model's own forward, with functional uses of its parameters booked."""
-        run = type(model).forward
-        if model is not self.model or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return run(model, *args, **kwargs)
-        self._anchors.clear()
-        with FunctionalUses(self.parameters, self._tap_functional):
-            output = run(model, *args, **kwargs)
-        if self._listener is not None:
-            self._look_at(output)
-        return output
+        watched = self.model
+
+        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            run = type(model).forward
+            if model is not watched or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return run(model, *args, **kwargs)
+            self._anchors.clear()
+            with FunctionalUses(self.parameters, self._tap_functional):
+                output = run(model, *args, **kwargs)
+            if self._listener is not None:
+                self._look_at(output)
+            return output
+
+        return forward
 
     def _tapped_forward(self, path: str) -> Callable[..., Any]:
         layer, rule, _ = self._layers[path]

@@ -2,6 +2,7 @@
 """Puts private training around a model, an optimizer and a data loader, for the ordinary training loop."""
 
 import math
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -100,7 +101,7 @@ class PrivacyEngine:
             steps=OPEN_END if steps is None else steps,
             noise_multiplier=noise_multiplier,
             expected_batch_size=expected_batch_size,
-            delta=2.0**-62 if delta is None else delta,
+            delta=2.0**-40 if delta is None else delta,
         )
         self._open_end = steps is None
         return self._attach(
@@ -139,7 +140,10 @@ class PrivacyEngine:
             expected_batch_size=expected_batch_size,
             delta=target_delta,
         )
-        spec = unnoised.with_target_epsilon(target_epsilon)
+        found = accounting.noise_multiplier_for(
+            target_epsilon=target_epsilon, sample_rate=unnoised.sample_rate, steps=unnoised.steps, delta=unnoised.delta
+        )
+        spec = replace(unnoised, noise_multiplier=found)
         return self._attach(
             spec, module, optimizer, data_loader, physical_batch_size, loss_reduction, ledger, insecure_seed, False
         )

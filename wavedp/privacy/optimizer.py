@@ -319,12 +319,12 @@ class PrivateOptimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`; steps charged since then stay charged.
+        """Restore :meth:`state_dict`; steps charged since then stay charged, and the sampler ends with the budget.
 
         Raises:
             ValueError: ``state`` is not from :meth:`state_dict`.
-            RuntimeError: a batch is pending, the specification differs, the ledger does not contain the
-                checkpoint's history, or the sampler has more steps than are left after it.
+            RuntimeError: a batch is pending, the specification differs, or the ledger does not contain the
+                checkpoint's history.
         """
         self.zero_grad()
         if not isinstance(state, Mapping) or set(state) != set(_STATE_KEYS):
@@ -341,10 +341,8 @@ class PrivateOptimizer:
         elif state["ledger_head"] is not None:
             raise RuntimeError("the checkpoint was made with a privacy ledger; open it and pass it as ledger=")
         charged = max(self._charged, check_integer("steps_charged", state["steps_charged"]))
-        if self._ledger is None and self._sampler is not None:
-            left = self._spec.steps - charged
-            if self._sampler.steps - self._sampler.drawn > left:
-                raise RuntimeError(f"the sampler has more steps than the {left} left: build it with steps={left}")
+        if self._sampler is not None:
+            self._sampler.end_after(self._spec.steps - charged if self._ledger is None else self.steps_left)
         self._charged = charged
         self._optimizer.load_state_dict(dict(state["optimizer"]))
 

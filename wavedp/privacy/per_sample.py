@@ -5,7 +5,6 @@ Each form answers two questions without building ``[B, *parameter]`` where it ca
 norm, and the sum over records weighted by clipping factors. A factor of 0 takes a record out by selection.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -156,9 +155,8 @@ class TiedEmbedding:
     def squared_norms(self) -> Tensor:
         e, h = self._embedding, self._linear
         total = e.squared_norms() + h.squared_norms() + 2.0 * self._cross()
-        # The cross term's own rounding is within a share of the two norms' product.
-        slack = e.squared_norms().sqrt() * h.squared_norms().sqrt() * (math.sqrt(NORM_ROUNDING[torch.float32]) / 64)
-        return total.clamp_min(0.0) + slack
+        lengths = e.g.double().norm(dim=-1).sum(1) * (h.g.double().norm(dim=-1) * h.a.double().norm(dim=-1)).sum(1)
+        return total.clamp_min(0.0) + NORM_ROUNDING[torch.float64] * lengths
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         return self._embedding.weighted_sum(factors) + self._linear.weighted_sum(factors)

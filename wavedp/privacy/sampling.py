@@ -129,6 +129,10 @@ class PoissonSampler:
             self._ahead.append(self._sample())
         return self._ahead[number - self._drawn].clone()
 
+    def end_after(self, left: int) -> None:
+        """Draw at most ``left`` more batches."""
+        self._steps = min(self._steps, self._drawn + check_integer("left", left))
+
     def __len__(self) -> int:
         return self._steps
 

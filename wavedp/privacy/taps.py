@@ -28,8 +28,8 @@ class Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.seen, ctx.place = seen, place
-        if output._is_view():
-            return output.view_as(output)
+        if any(stride == 0 and size > 1 for stride, size in zip(output.stride(), output.shape)):
+            return output.view_as(output)  # an expanded tensor cannot be changed in place anyhow
         # Marked as changed in place: the result is then no view, and an in-place activation may follow.
         ctx.mark_dirty(output)
         return output
