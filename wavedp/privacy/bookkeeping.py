@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wavedp.privacy.clipping import FlatClipping, accumulation_dtype
+from wavedp.privacy.clipping import Clipping, accumulation_dtype
 from wavedp.privacy.coverage import booked_layers, saved_buffers, trainable_parameters
 from wavedp.privacy.layers import Call
 from wavedp.privacy.per_sample import PerSampleGradient
@@ -69,7 +69,7 @@ class GradientBook:
     def clipped_sums(
         self,
         losses: Tensor,  # [B], one loss per record
-        clipping: FlatClipping,
+        clipping: Clipping,
     ) -> dict[str, Tensor]:
         """Run the backward of ``losses`` and return, by parameter name, the sums of clipped gradients.
 
@@ -233,9 +233,10 @@ class GradientBook:
                     f"stop updating it (moving the model must come before attaching)"
                 )
 
-    def _clip(self, calls: dict[str, list[Call]], losses: Tensor, clipping: FlatClipping) -> dict[str, Tensor]:
+    def _clip(self, calls: dict[str, list[Call]], losses: Tensor, clipping: Clipping) -> dict[str, Tensor]:
         gradients: dict[str, PerSampleGradient] = {}
-        squared_norms = torch.zeros(len(losses), dtype=torch.float64, device=losses.device)
+        none = torch.zeros(len(losses), dtype=torch.float64, device=losses.device)
+        squared_norms = {clipping.group_of(path): none for path in self.parameters}
         while calls:
             name, layer_calls = calls.popitem()
             layer, rule = self._layers[name]
@@ -243,14 +244,16 @@ class GradientBook:
                 path = f"{name}.{key}" if name else key
                 if path in self.parameters:
                     gradients[path] = gradient
-                    squared_norms += gradient.squared_norms().to(losses.device)
+                    group = clipping.group_of(path)
+                    squared_norms[group] = squared_norms[group] + gradient.squared_norms().to(losses.device)
+        clipping.observe(squared_norms)
+        factors = {d: clipping.group_factors(squared_norms, d) for d in (torch.float32, torch.float64)}
         sums = {}
         while gradients:
             path, gradient = gradients.popitem()
             parameter = self.parameters[path]
-            dtype = accumulation_dtype(parameter.dtype)
-            factors = clipping.factors(squared_norms, dtype).to(parameter.device)
-            sums[path] = gradient.weighted_sum(factors).reshape(parameter.shape)
+            own = factors[accumulation_dtype(parameter.dtype)][clipping.group_of(path)].to(parameter.device)
+            sums[path] = gradient.weighted_sum(own).reshape(parameter.shape)
         return sums
 
     def _on_load(self, module: nn.Module, incompatible_keys: object) -> None:
