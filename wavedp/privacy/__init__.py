@@ -13,7 +13,16 @@ if TYPE_CHECKING:
         steps_for,
     )
     from wavedp.privacy.bookkeeping import GradientBook
-    from wavedp.privacy.clipping import FlatClipping, clip_and_sum
+    from wavedp.privacy.clipping import (
+        AutomaticClipping,
+        Clipping,
+        FlatClipping,
+        NormalisedClipping,
+        clip_and_sum,
+    )
+    from wavedp.privacy.clipping_adaptive import AdaptiveClipping, AdaptiveSession, noise_multiplier_beside_count
+    from wavedp.privacy.clipping_groups import PerGroupClipping, PerLayerClipping
+    from wavedp.privacy.clipping_rules import ClippingRule
     from wavedp.privacy.engine import EngineOptimizer, PrivacyEngine
     from wavedp.privacy.entropy import Entropy
     from wavedp.privacy.independence import check_records_independent
@@ -21,16 +30,26 @@ if TYPE_CHECKING:
     from wavedp.privacy.loader import PrivateLoader
     from wavedp.privacy.noise import gaussian_noise, grid_step, round_to_grid
     from wavedp.privacy.optimizer import PrivateOptimizer
+    from wavedp.privacy.rounding import SUM_ROUNDING_ALLOWANCE, records_per_block
     from wavedp.privacy.sampling import PoissonSampler, physical_batches
     from wavedp.privacy.spec import PrivacySpec
     from wavedp.privacy.statement import PrivacyStatement
 
 _HOMES = {
+    "SUM_ROUNDING_ALLOWANCE": "rounding",
+    "AdaptiveClipping": "clipping_adaptive",
+    "AdaptiveSession": "clipping_adaptive",
+    "AutomaticClipping": "clipping",
+    "Clipping": "clipping",
+    "ClippingRule": "clipping_rules",
     "EngineOptimizer": "engine",
     "Entropy": "entropy",
     "FlatClipping": "clipping",
     "GradientBook": "bookkeeping",
     "LedgerError": "ledger",
+    "NormalisedClipping": "clipping",
+    "PerGroupClipping": "clipping_groups",
+    "PerLayerClipping": "clipping_groups",
     "PoissonSampler": "sampling",
     "PrivacyEngine": "engine",
     "PrivacyLedger": "ledger",
@@ -45,18 +64,29 @@ _HOMES = {
     "epsilon_rdp": "accounting",
     "gaussian_noise": "noise",
     "grid_step": "noise",
+    "noise_multiplier_beside_count": "clipping_adaptive",
     "noise_multiplier_for": "accounting",
     "physical_batches": "sampling",
+    "records_per_block": "rounding",
     "round_to_grid": "noise",
     "steps_for": "accounting",
 }
 
 __all__ = [
+    "SUM_ROUNDING_ALLOWANCE",
+    "AdaptiveClipping",
+    "AdaptiveSession",
+    "AutomaticClipping",
+    "Clipping",
+    "ClippingRule",
     "EngineOptimizer",
     "Entropy",
     "FlatClipping",
     "GradientBook",
     "LedgerError",
+    "NormalisedClipping",
+    "PerGroupClipping",
+    "PerLayerClipping",
     "PoissonSampler",
     "PrivacyEngine",
     "PrivacyLedger",
@@ -71,8 +101,10 @@ __all__ = [
     "epsilon_rdp",
     "gaussian_noise",
     "grid_step",
+    "noise_multiplier_beside_count",
     "noise_multiplier_for",
     "physical_batches",
+    "records_per_block",
     "round_to_grid",
     "steps_for",
 ]

@@ -8,7 +8,7 @@ so a parameter whose ``.grad`` fills was used along a path that is not booked, a
 
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,6 @@ from wavedp.privacy.probe import IndependenceProbe, Place, rows_of_outputs
 from wavedp.privacy.taps import Booking, Look, Taker, Tap, exact_arithmetic
 
 _BOOKED = "wavedp.privacy: booked"
-
-Observer = Callable[[Mapping[str, Tensor]], None]
-"""Is given every record's squared norm ``[B]`` in each clipping group."""
 
 
 class GradientBook:
@@ -90,7 +87,6 @@ class GradientBook:
         clipping: Clipping,
         *,
         sample_id: Tensor | None = None,  # [B] int64, the record of each row
-        observe: Observer | None = None,
     ) -> dict[str, Tensor]:
         """Run the backward of ``losses`` and return, by parameter name, the sums of clipped gradients.
 
@@ -113,19 +109,16 @@ class GradientBook:
         try:
             bookings = self._backward(losses, None if sample_id is None else RecordMap(sample_id))
             self._check_after()
-            return self.clip(bookings, clipping, observe=observe)
+            return self.clip(bookings, clipping)
         finally:
             self.forget()
 
-    def clip(
-        self, bookings: Bookings, clipping: Clipping, *, scale: float = 1.0, observe: Observer | None = None
-    ) -> dict[str, Tensor]:
+    def clip(self, bookings: Bookings, clipping: Clipping, *, scale: float = 1.0) -> dict[str, Tensor]:
         """The clipped sums of what was booked, every gradient times ``scale`` first; empties the bookings."""
         device = next(iter(self.parameters.values())).device
         with torch.no_grad(), exact_arithmetic():
             norms = bookings.squared_norms(clipping, scale, device)
-            if observe is not None:
-                observe(norms)
+            clipping.observe(norms)
             return bookings.clipped_sums(self.parameters, clipping, norms, scale)
 
     def forget(self) -> None:

@@ -2,6 +2,7 @@
 """Puts private training around a model, an optimizer and a data loader, for the ordinary training loop."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from wavedp.privacy import accounting
-from wavedp.privacy.clipping import Clipping, FlatClipping
+from wavedp.privacy.clipping_rules import ClippingRule
 from wavedp.privacy.ledger import PrivacyLedger
 from wavedp.privacy.loader import PrivateLoader
 from wavedp.privacy.optimizer import PrivateOptimizer
@@ -56,7 +57,7 @@ class PrivacyEngine:
         noise_multiplier: float,
         max_grad_norm: float,
         expected_batch_size: float,
-        clipping: str | Clipping = "flat",
+        clipping: ClippingRule | str | Mapping[str, Any] = "flat",
         physical_batch_size: int | None = None,
         loss_reduction: str = "mean",
         steps: int | None = None,
@@ -77,8 +78,7 @@ class PrivacyEngine:
             noise_multiplier: noise standard deviation over the sensitivity of the clipped sum.
             max_grad_norm: bound on the l2 norm of one record's gradient.
             expected_batch_size: what the noisy sum is divided by. A public constant, too.
-            clipping: ``"flat"``, ``"per_layer"``, ``"automatic"``, ``"normalized"``, ``"adaptive"``, or a clipping
-                object, whose bound is then used in place of ``max_grad_norm``.
+            clipping: a rule's name or mapping, see :meth:`ClippingRule.parse <wavedp.privacy.ClippingRule.parse>`.
             physical_batch_size: records at most in one forward and backward; a logical batch is then several batches
                 of the loader, and ``step`` does nothing before the last of them. Bounds memory, not privacy.
             loss_reduction: how the loss that ``backward`` is called on was made of one loss per row: ``"mean"`` or
@@ -120,7 +120,7 @@ class PrivacyEngine:
         target_epsilon: float,
         target_delta: float,
         steps: int,
-        clipping: str | Clipping = "flat",
+        clipping: ClippingRule | str | Mapping[str, Any] = "flat",
         physical_batch_size: int | None = None,
         loss_reduction: str = "mean",
         ledger: PrivacyLedger | None = None,
@@ -287,7 +287,9 @@ class EngineOptimizer(torch.optim.Optimizer):
         raise TypeError("a private optimizer cannot be copied or pickled: both would spend the same steps")
 
 
-def _spec(clipping: str | Clipping, max_grad_norm: float, *, delta: float, **values: Any) -> PrivacySpec:
+def _spec(clipping: ClippingRule | str | Mapping[str, Any], max_grad_norm: float, *, delta: float, **values: Any) -> PrivacySpec:
     # The largest bound N on the number of records that delta is below the inverse of.
     bound = max(1, math.ceil(1.0 / delta) - 1) if 0.0 < delta < 1.0 else 1
-    return PrivacySpec(max_grad_norm=max_grad_norm, delta=delta, dataset_size_bound=bound, **values)
+    return PrivacySpec(
+        max_grad_norm=max_grad_norm, delta=delta, dataset_size_bound=bound, clipping_rule=clipping, **values
+    )

@@ -28,7 +28,7 @@ from wavedp.privacy.sampling import PoissonSampler
 from wavedp.privacy.spec import PrivacySpec
 from wavedp.privacy.validation import check_integer
 
-_STATE_KEYS = ("optimizer", "spec", "steps_charged", "ledger_head")
+_STATE_KEYS = ("optimizer", "spec", "steps_charged", "ledger_head", "clipping")
 
 
 class PrivateOptimizer:
@@ -124,9 +124,10 @@ class PrivateOptimizer:
         self._releasing = False
         self._changed_at_close: list[str] = []
         self._loss_reduction = loss_reduction
-        self._clipping = spec.clipping.session(self._entropy)
         self._book = GradientBook(model, listener=None if loss_reduction is None else self._heard)
         try:
+            rule = spec.clipping.for_parameters(self._book.parameters)
+            self._clipping = rule.session(Entropy(insecure_seed, "clipping"))
             self._check_model()
             self._contents = ContentsWatch(model)
         except BaseException:
@@ -223,12 +224,7 @@ class PrivateOptimizer:
                 indices = self._batch.check_count(rows)
             else:
                 indices = self._batch.check_records(rows if losses.ndim == 1 else None, records)
-            self._add(
-                lambda: self._book.clipped_sums(
-                    losses, self._clipping, sample_id=sample_id, observe=self._clipping.observe
-                ),
-                indices,
-            )
+            self._add(lambda: self._book.clipped_sums(losses, self._clipping, sample_id=sample_id), indices)
 
     def set_sample_id(self, sample_id: Tensor | None) -> None:
         """Say which record each row belongs to, ``[rows]`` int64, in plain backwards from now on; ``None``: its own."""
@@ -259,6 +255,7 @@ class PrivateOptimizer:
             self._begin_step()
             try:
                 self._release()
+                self._clipping.end_step()
                 self._batch.stepped()
             except BaseException:
                 self._drop()
@@ -316,6 +313,7 @@ class PrivateOptimizer:
             "spec": self._spec.to_dict(),
             "steps_charged": self.steps_charged,
             "ledger_head": None if self._ledger is None else self._ledger.head,
+            "clipping": self._clipping.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -343,6 +341,7 @@ class PrivateOptimizer:
         charged = max(self._charged, check_integer("steps_charged", state["steps_charged"]))
         if self._sampler is not None:
             self._sampler.end_after(self._spec.steps - charged if self._ledger is None else self.steps_left)
+        self._clipping.load_state_dict(state["clipping"])
         self._charged = charged
         self._optimizer.load_state_dict(dict(state["optimizer"]))
 
@@ -379,10 +378,8 @@ class PrivateOptimizer:
         with self._alone():
             self._batch.check_turn()
             scale = float(bookings.rows or 0) if self._loss_reduction == "mean" else 1.0
-            self._add(
-                lambda: self._book.clip(bookings, self._clipping, scale=scale, observe=self._clipping.observe),
-                self._batch.check_count(bookings.records),
-            )
+            indices = self._batch.check_count(bookings.records)
+            self._add(lambda: self._book.clip(bookings, self._clipping, scale=scale), indices)
 
     def _add(self, clipped_sums: Callable[[], dict[str, Tensor]], indices: frozenset[int]) -> None:
         try:
@@ -398,11 +395,12 @@ class PrivateOptimizer:
 
     def _drop(self) -> None:
         self._sums.clear()
+        self._clipping.drop_step()
         self._book.forget()
         self._batch.drop()
 
     def _release(self) -> None:
-        std = self._spec.noise_stddev
+        std = self._clipping.sum_noise_multiplier(self._spec.noise_multiplier) * self._clipping.sensitivity()
         try:
             for name, parameter in self._book.parameters.items():
                 parameter.grad = self._noisy_mean(parameter, self._sums.pop(name, None), std)

@@ -4,11 +4,12 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from wavedp.privacy import accounting
-from wavedp.privacy.clipping import FlatClipping
+from wavedp.privacy.clipping import Clipping, check_max_grad_norm
+from wavedp.privacy.clipping_rules import ClippingRule
 from wavedp.privacy.sampling import membership_threshold
 from wavedp.privacy.validation import check_integer, check_real
 
@@ -29,12 +30,15 @@ class PrivacySpec:
         sample_rate: probability q in [2^-64, 1] with which each record joins each batch.
         steps: batches in the whole run, at least 1.
         noise_multiplier: noise standard deviation over sensitivity, at least 0 (0 is not private).
-        max_grad_norm: l2 bound C on one record's gradient, over all parameters, in [1e-9, 1e9].
+        max_grad_norm: l2 bound C on one record's contribution, over all parameters, in [1e-9, 1e9]; where it
+            starts, if ``clipping_rule`` moves it.
         expected_batch_size: what the noisy sum is divided by, above 0.
         delta: in (0, 1 / dataset_size_bound).
         neighboring_relation: ``"add_or_remove_one"`` is the only relation supported.
         unit: what one record is.
         dataset_size_bound: a public upper bound N on the number of records, at least 1.
+        clipping_rule: how contributions are bounded: a name or a mapping, see :meth:`ClippingRule.parse
+            <wavedp.privacy.ClippingRule.parse>`; kept as a :class:`~wavedp.privacy.ClippingRule`.
 
     Raises:
         TypeError, ValueError: a field of a wrong type or out of range.
@@ -49,6 +53,7 @@ class PrivacySpec:
     dataset_size_bound: int
     neighboring_relation: str = "add_or_remove_one"
     unit: str = "image"
+    clipping_rule: ClippingRule | str | Mapping[str, Any] = "flat"
 
     def __post_init__(self) -> None:
         bound = check_integer("dataset_size_bound", self.dataset_size_bound, at_least=1)
@@ -56,10 +61,11 @@ class PrivacySpec:
             "sample_rate": check_real("sample_rate", self.sample_rate, above=0.0, at_most=1.0),
             "steps": check_integer("steps", self.steps, at_least=1, at_most=10**8),
             "noise_multiplier": check_real("noise_multiplier", self.noise_multiplier, at_least=0.0, at_most=1e6),
-            "max_grad_norm": FlatClipping(self.max_grad_norm).max_grad_norm,
+            "max_grad_norm": check_max_grad_norm(self.max_grad_norm),
             "expected_batch_size": check_real("expected_batch_size", self.expected_batch_size, above=0.0),
             "delta": check_real("delta", self.delta, above=0.0, below=1.0),
             "dataset_size_bound": bound,
+            "clipping_rule": ClippingRule.parse(self.clipping_rule),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -77,6 +83,7 @@ class PrivacySpec:
             )
         if not isinstance(self.unit, str) or not self.unit.strip():
             raise ValueError(f"unit must say what one record is, got {self.unit!r}")
+        self.clipping.sum_noise_multiplier(self.noise_multiplier)  # raises if a step cannot be charged as that
 
     @classmethod
     def for_target_epsilon(
@@ -91,6 +98,7 @@ class PrivacySpec:
         dataset_size_bound: int,
         neighboring_relation: str = "add_or_remove_one",
         unit: str = "image",
+        clipping_rule: ClippingRule | str | Mapping[str, Any] = "flat",
     ) -> "PrivacySpec":
         """Return the specification whose :meth:`epsilon` lands within 1 % below ``target_epsilon``.
 
@@ -107,6 +115,7 @@ class PrivacySpec:
             dataset_size_bound=dataset_size_bound,
             neighboring_relation=neighboring_relation,
             unit=unit,
+            clipping_rule=clipping_rule,
         )
         noise_multiplier = accounting.noise_multiplier_for(
             target_epsilon=target_epsilon,
@@ -117,9 +126,10 @@ class PrivacySpec:
         return replace(unnoised, noise_multiplier=noise_multiplier)
 
     @property
-    def clipping(self) -> FlatClipping:
-        """The clipping that bounds every record's contribution."""
-        return FlatClipping(self.max_grad_norm)
+    def clipping(self) -> Clipping:
+        """The rule that bounds every record's contribution, as it is when the run begins."""
+        rule = ClippingRule.parse(self.clipping_rule)
+        return rule.make(max_grad_norm=self.max_grad_norm, expected_batch_size=self.expected_batch_size)
 
     @property
     def sensitivity(self) -> float:
@@ -128,11 +138,18 @@ class PrivacySpec:
 
     @property
     def noise_stddev(self) -> float:
-        """The standard deviation of the noise added to the clipped sum, per coordinate."""
-        return self.noise_multiplier * self.sensitivity
+        """The standard deviation of the noise added to the clipped sum, per coordinate.
+
+        With adaptive clipping, that of the first step; later ones follow the bound of :meth:`Clipping.session
+        <wavedp.privacy.Clipping.session>`.
+        """
+        return self.clipping.sum_noise_multiplier(self.noise_multiplier) * self.sensitivity
 
     def event(self) -> "DpEvent":
-        """Return the whole run as a dp-accounting event."""
+        """Return the whole run as a dp-accounting event.
+
+        A step's sum and, with adaptive clipping, its count together are one Gaussian mechanism.
+        """
         return accounting.gaussian_event(self.sample_rate, self.noise_multiplier, self.steps)
 
     def epsilon(self) -> float:
@@ -153,7 +170,8 @@ class PrivacySpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
-        return asdict(self)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "clipping_rule": ClippingRule.parse(self.clipping_rule).to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PrivacySpec":

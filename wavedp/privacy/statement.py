@@ -26,9 +26,9 @@ ASSUMPTIONS = (
     "Batches were made of the records whose indices were given, and of nothing else.",
     "Everything else that the published model is made of (tokenizer, pre-trained weights, "
     "super-resolution) was made from public data only.",
-    "Only the parameters after each step are released. Losses, gradient norms, validation scores, timings, "
-    "batch sizes and the number of records are computed from private data without protection and are not "
-    "covered.",
+    "Only the parameters after each step, and the bound that adaptive clipping moves, are released. Losses, gradient "
+    "norms, validation scores, timings, batch sizes and the number of records are computed from private data without "
+    "protection and are not covered.",
     "Labels and prompts used for sampling from the model are public or balanced, not counted from the private data.",
     "Settings were not tuned on the private data, or the runs that tuned them are charged separately.",
     "Randomness comes from the operating system's generator; the machine, its memory and its timing are trusted.",
@@ -40,6 +40,8 @@ _TITLES = {
     "epsilon_lower": "epsilon (lower bound)",
     "epsilon_rdp": "epsilon (RDP cross-check)",
     "epsilon_charged": "epsilon of charged steps",
+    "clipping": "clipping rule",
+    "extra_charge": "released beside the sum",
     "neighboring_relation": "neighbouring relation",
     "steps_charged": "attempts charged",
     "spec_fingerprint": "specification SHA-256",
@@ -52,7 +54,8 @@ class PrivacyStatement:
 
     ``epsilon`` is the upper bound for all planned steps: it holds for a run that stopped early, for whatever
     reason. ``epsilon_charged`` is the bound for the charged steps alone, and holds if the decision to stop
-    did not depend on the private data.
+    did not depend on the private data. ``extra_charge`` says what a step releases beyond the sum, which epsilon
+    covers as well; ``sensitivity`` and ``noise_stddev`` are those of the first step.
     """
 
     mechanism: str
@@ -70,6 +73,8 @@ class PrivacyStatement:
     steps_charged: int
     noise_multiplier: float
     max_grad_norm: float
+    clipping: str
+    extra_charge: str | None
     sensitivity: float
     noise_stddev: float
     expected_batch_size: float
@@ -101,7 +106,7 @@ class PrivacyStatement:
         if not math.isfinite(upper) or spent is None:
             raise RuntimeError(f"epsilon is {upper}: this run has no privacy guarantee to state")
         return cls(
-            mechanism="DP-SGD: sum of flatly clipped per-record gradients of a Poisson sample, plus noise",
+            mechanism="DP-SGD: sum of clipped per-record gradients of a Poisson sample, plus noise",
             unit=spec.unit,
             neighboring_relation=spec.neighboring_relation,
             epsilon=upper,
@@ -116,6 +121,8 @@ class PrivacyStatement:
             steps_charged=private.steps_charged,
             noise_multiplier=spec.noise_multiplier,
             max_grad_norm=spec.max_grad_norm,
+            clipping=spec.clipping.describe(),
+            extra_charge=spec.clipping.extra_charge(spec.noise_multiplier),
             sensitivity=spec.sensitivity,
             noise_stddev=spec.noise_stddev,
             expected_batch_size=spec.expected_batch_size,
