@@ -97,32 +97,24 @@ def test_the_reference_sum_does_not_lose_small_records_behind_a_large_one() -> N
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 70])
-def test_sums_over_records_are_float64(tokens: int) -> None:
-    """As above, for every form: a large record first, then small ones that a float32 sum would drop."""
+def test_sums_lose_no_more_than_a_block_of_small_records(tokens: int) -> None:
+    """As above, for every form: a large record first, then small ones that one float32 sum would drop.
+
+    The 63 beside the large one, in its float32 block of 64, are lost: 63 * 2^-25 of it. All others are not.
+    """
     records = 1 + 2**13
     a, g = torch.full((records, tokens, 2), 1.0), torch.full((records, tokens, 2), 2.0**-25)
     g[0] = 1.0
     ids = torch.zeros(records, tokens, dtype=torch.int64)
     ones = torch.ones(records)
     exact = tokens * (1.0 + 2.0**13 * 2.0**-25)
-    for form in (OuterProducts(a, g), RowScatter(ids, g, 1, None), Materialised(g.sum(1))):
+    for form, lost in (
+        (OuterProducts(a, g), 64 * 2.0**-25),
+        (RowScatter(ids, g, 1, None), 2.0**-23),
+        (Materialised(g.sum(1)), 2.0**-23),
+    ):
         total = form.weighted_sum(ones)
-        assert total.dtype == torch.float64
-        assert total.flatten().tolist() == pytest.approx([exact] * total.numel(), rel=1e-12)
-
-
-def test_weighted_sums_go_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(4)
-    for tokens in (5, 80):
-        a, g = torch.randn(7, tokens, 6, dtype=torch.float64), torch.randn(7, tokens, 4, dtype=torch.float64)
-        factors = torch.rand(7, dtype=torch.float64)
-        expected = torch.einsum("b,btp,btd->pd", factors, g, a)
-        with monkeypatch.context() as patch:
-            patch.setattr("wavedp.privacy.per_sample._SUM_CHUNK_ELEMENTS", 2 * tokens * 10 if tokens == 5 else 2 * 24)
-            patch.setattr("wavedp.privacy.per_sample._MAX_TOKENS_IN_FLOAT32", 32)
-            assert torch.allclose(OuterProducts(a, g).weighted_sum(factors), expected, rtol=1e-12)
-            squared = torch.einsum("btp,btd->bpd", g, a).square().sum((1, 2))
-            assert torch.allclose(OuterProducts(a, g).squared_norms(), squared, rtol=1e-12)
+        assert total.flatten().tolist() == pytest.approx([exact] * total.numel(), rel=lost)
 
 
 @pytest.mark.parametrize("tokens", [1, 70])
@@ -149,16 +141,7 @@ def test_outer_products(tokens: int, dtype: torch.dtype, tolerance: float) -> No
     assert torch.allclose(form.squared_norms(), squared, rtol=tolerance, atol=1e-30)
     factors = torch.tensor([1.0, 0.5, 0.0, 0.25], dtype=dtype)
     expected = torch.einsum("b,bpd->pd", factors, grads).double()
-    assert torch.allclose(form.weighted_sum(factors), expected, rtol=1e-4, atol=tolerance)
-
-
-def test_gram_and_built_norms_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, g = torch.randn(5, 7, 64, dtype=torch.float64), torch.randn(5, 7, 64, dtype=torch.float64)
-    by_gram = OuterProducts(a, g).squared_norms()
-    built = torch.einsum("btp,btd->bpd", g, a).square().sum((1, 2))
-    assert torch.allclose(by_gram, built, rtol=1e-12)
-    monkeypatch.setattr("wavedp.privacy.per_sample._CHUNK_ELEMENTS", 2 * 49)  # two records at a time
-    assert torch.allclose(OuterProducts(a, g).squared_norms(), built, rtol=1e-12)
+    assert torch.allclose(form.weighted_sum(factors).double(), expected, rtol=1e-4, atol=tolerance)
 
 
 @pytest.mark.parametrize("tokens", [4, 64])
@@ -205,7 +188,7 @@ def test_row_scatter(padding_idx: int | None) -> None:
     assert torch.allclose(form.squared_norms(), grads.square().sum((1, 2)), rtol=1e-12)
     factors = torch.tensor([0.0, 1.0, 0.5, 0.25])
     expected = torch.einsum("b,bvp->vp", factors.double(), grads)
-    assert torch.allclose(form.weighted_sum(factors), expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(form.weighted_sum(factors).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def poisoned_forms() -> list[tuple[Callable[[Tensor], object], tuple[int, ...]]]:

@@ -116,6 +116,24 @@ def test_a_step_is_the_clipped_sum(tying: str, reduction: str) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_model_trains_as_the_model(backend: str) -> None:
+    ids, targets = tokens(6)
+    trained = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = TinyGPT()
+        _, optimizer, _ = private(model)
+        run = torch.compile(model, backend=backend) if compiled else model
+        for records in (6, 5, 6):
+            token_loss(run, ids[:records], targets[:records]).backward()
+            optimizer.step()
+        trained.append(state(model))
+    torch._dynamo.reset()
+    for name, value in trained[0].items():
+        assert (trained[1][name] - value).norm() <= 1e-5 * value.norm(), name
+
+
 def test_bound_of_one_record_in_units_of_the_norm() -> None:
     """The 1.8 C of other libraries with tied weights."""
     for tying in ("none", "module", "function"):
@@ -295,7 +313,7 @@ def test_a_second_step_is_refused() -> None:
 
 
 def test_skipping_a_batch_is_refused() -> None:
-    model, optimizer, loader = start()
+    model, _optimizer, loader = start()
     batches = iter(loader)
     next(batches)
     ids, targets, _ = next(batches)
@@ -304,7 +322,7 @@ def test_skipping_a_batch_is_refused() -> None:
 
 
 def test_closures_scalers_copies_and_more_parameters_are_refused() -> None:
-    model, optimizer, loader = start()
+    _model, optimizer, _loader = start()
     with pytest.raises(RuntimeError, match="closure"):
         optimizer.step(lambda: 0.0)
     with pytest.raises(RuntimeError, match="bfloat16"):
@@ -345,7 +363,7 @@ def test_a_failed_backward_leaves_nothing_for_the_next() -> None:
 
 def test_gradient_penalties_are_refused() -> None:
     model = nn.Linear(3, 1)
-    _, optimizer, _ = private(model)
+    _, _optimizer, _ = private(model)
     x = torch.randn(4, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
@@ -369,7 +387,7 @@ def test_models_that_mix_records_are_refused_before_the_backward() -> None:
 
 def test_a_loss_that_goes_around_the_model_forward_is_refused() -> None:
     model = TinyGPT()
-    _, optimizer, _ = private(model)
+    _, _optimizer, _ = private(model)
     ids, targets = tokens(4)
     with pytest.raises(RuntimeError, match=r"model\(\.\.\.\)"):
         F.cross_entropy(model.head(model.wte(ids)).flatten(0, 1), targets.flatten()).backward()
@@ -381,7 +399,7 @@ def test_unbooked_use_of_a_parameter_is_refused() -> None:
             return super().forward(ids) * self.mix.weight.square().sum()
 
     model = Penalised()
-    _, optimizer, _ = private(model)
+    _, _optimizer, _ = private(model)
     with pytest.raises(RuntimeError, match=r"mix\.weight"):
         token_loss(model, *tokens(3)).backward()
 
@@ -395,7 +413,7 @@ def test_schedulers_and_state(tmp_path: Any) -> None:
     scheduler.step()
     assert optimizer.private.optimizer.param_groups[0]["lr"] == 0.5
     torch.save(optimizer.state_dict(), tmp_path / "state")
-    other, again, _ = start()
+    _other, again, _ = start()
     again.load_state_dict(torch.load(tmp_path / "state"))
     assert again.private.steps_charged == 1
     assert again.param_groups[0]["lr"] == 0.5

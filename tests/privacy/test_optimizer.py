@@ -388,7 +388,7 @@ def test_state_carries_no_sums_and_no_entropy(spec: MakeSpec) -> None:
     private.step()
     private.backward(model(torch.randn(4, 3)).sum(1))
     state = private.state_dict()
-    assert set(state) == {"optimizer", "spec", "steps_charged", "ledger_head"}
+    assert set(state) == {"optimizer", "spec", "steps_charged", "ledger_head", "clipping"}
     assert state["steps_charged"] == 2
     assert set(state["optimizer"]["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wavedp.privacy import compiled
 from wavedp.privacy.bookings import Bookings, RecordMap
 from wavedp.privacy.clipping import Clipping
 from wavedp.privacy.coverage import BookedLayer, booked_layers, saved_buffers, trainable_parameters
@@ -54,10 +55,12 @@ class GradientBook:
         self._heard: tuple[int, Booking] | None = None  # the backward a listener waits for, by autograd's number
         self._runs: Counter[Place] = Counter()  # uses since the last backward
         self._anchors: list[Tensor] = []
+        self._anchor = torch.zeros((), requires_grad=True)  # of the taps in compiled graphs
         self._probe = IndependenceProbe()
         self.sample_id: Tensor | None = None
         """[rows] int64, the record of each row, in backwards that a listener waits for."""
         self.attached = True
+        compiled.keep_buffers()
         # A checkpoint loaded into the attached model changes buffers without reading private data.
         self._load_hooks = [m.register_load_state_dict_post_hook(self._on_load) for m in model.modules()]
         for name, layer in self._in_layers.items():
@@ -91,8 +94,9 @@ class GradientBook:
         """Run the backward of ``losses`` and return, by parameter name, the sums of clipped gradients.
 
         Row b of the losses, and of every booked layer's input, belongs to record b, or to record ``sample_id[b]``,
-        whose loss is the mean over its rows. Sums have the parameter's shape, in float32 or float64; a parameter that the loss does not reach is missing. A record whose gradient is not finite
-        contributes zero. On any error nothing stays booked.
+        whose loss is the mean over its rows. Sums have the parameter's shape, in float32 or float64; a parameter
+        that the loss does not reach is missing. A record whose gradient is not finite contributes zero. On any error
+        nothing stays booked.
 
         Gradients that flow between records are looked for, and refused, when a layer first gets a gradient and
         at the 1st, 2nd, 4th, 8th, ... backward of every kind of loss: a detector and not a proof, see
@@ -144,8 +148,10 @@ class GradientBook:
 
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             run = type(model).forward
-            if model is not watched or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if model is not watched or not torch.is_grad_enabled():
                 return run(model, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                return self._look_compiled(run(model, *args, **kwargs))
             self._anchors.clear()
             with FunctionalUses(self.parameters, self._tap_functional):
                 output = run(model, *args, **kwargs)
@@ -158,17 +164,21 @@ class GradientBook:
     def _tapped_forward(self, path: str) -> Callable[..., Any]:
         layer, rule, _ = self._layers[path]
 
+        numbers = {"": compiled.register(self, path, "")}  # before anything is compiled, which cannot register
+
         def tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:
             return self._tap((path, use, inputs.ndim), output, inputs)
+
+        def compiled_tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:
+            if use not in numbers:
+                numbers[use] = compiled.register(self, path, use)
+            return compiled.tap(output, self._anchor, inputs, numbers[use])
 
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             # A deep copy of the model (an EMA, say) is not booked and runs its own weights.
             if module is not layer or not torch.is_grad_enabled():
                 return type(module).forward(module, *args, **kwargs)
-            if torch.compiler.is_compiling():
-                # Under torch.compile a booked layer runs uncompiled, behind a graph break.
-                raise RuntimeError(f"layer {path!r} has a GradientBook attached: compile without fullgraph=True")
-            return rule.forward(layer, tap, *args, **kwargs)
+            return rule.forward(layer, compiled_tap if torch.compiler.is_compiling() else tap, *args, **kwargs)
 
         return forward
 
@@ -179,16 +189,28 @@ class GradientBook:
         self._tied |= set(names.values())
         return self._tap((path, "", inputs.ndim), output, inputs)
 
-    def _tap(self, place: Place, output: Tensor, inputs: Tensor) -> Tensor:
+    @torch.compiler.disable
+    def _look_compiled(self, output: Any) -> Any:
+        if self._listener is not None:
+            self._anchors.append(self._anchor)
+            self._look_at(output)
+        return output
+
+    def note(self, place: Place) -> None:
+        """Take note of a use in a forward."""
         self._probe.note(place)
         self._runs[place] += 1
+
+    def _tap(self, place: Place, output: Tensor, inputs: Tensor) -> Tensor:
+        self.note(place)
         # The anchor makes autograd reach the tap even when the layer's input needs no gradient.
         anchor = torch.zeros((), device=output.device, requires_grad=True)
         self._anchors.append(anchor)
-        tapped: Tensor = Tap.apply(output, anchor, inputs.detach(), self._seen, place)  # type: ignore[no-untyped-call]
+        tapped: Tensor = Tap.apply(output, anchor, inputs.detach(), self.seen, place)  # type: ignore[no-untyped-call]
         return tapped
 
-    def _seen(self, place: Place, call: Call) -> None:
+    def seen(self, place: Place, call: Call) -> None:
+        """Take what a tap saw in a backward."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"a backward with create_graph=True reached layer {place[0]!r}: the gradient of a gradient would miss "
@@ -218,7 +240,8 @@ class GradientBook:
 
     def _tell(self) -> None:
         """Ends a backward that the listener waits for."""
-        assert self._heard is not None and self._listener is not None
+        assert self._heard is not None
+        assert self._listener is not None
         heard = self._heard[1]
         try:
             self._check_after()

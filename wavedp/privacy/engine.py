@@ -4,7 +4,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from wavedp.privacy.optimizer import PrivateOptimizer
 from wavedp.privacy.sampling import PoissonSampler
 from wavedp.privacy.spec import PrivacySpec
 from wavedp.privacy.statement import PrivacyStatement
+
+Rule: TypeAlias = ClippingRule | str | Mapping[str, Any]
 
 OPEN_END = 10**8
 """Steps of a specification for a run whose number of steps was not given: it is charged as it goes."""
@@ -57,7 +59,7 @@ class PrivacyEngine:
         noise_multiplier: float,
         max_grad_norm: float,
         expected_batch_size: float,
-        clipping: ClippingRule | str | Mapping[str, Any] = "flat",
+        clipping: Rule = "flat",
         physical_batch_size: int | None = None,
         loss_reduction: str = "mean",
         steps: int | None = None,
@@ -105,7 +107,15 @@ class PrivacyEngine:
         )
         self._open_end = steps is None
         return self._attach(
-            spec, module, optimizer, data_loader, physical_batch_size, loss_reduction, ledger, insecure_seed, without_privacy
+            spec,
+            module,
+            optimizer,
+            data_loader,
+            physical_batch_size,
+            loss_reduction,
+            ledger,
+            insecure_seed,
+            without_privacy,
         )
 
     def make_private_with_epsilon(
@@ -120,7 +130,7 @@ class PrivacyEngine:
         target_epsilon: float,
         target_delta: float,
         steps: int,
-        clipping: ClippingRule | str | Mapping[str, Any] = "flat",
+        clipping: Rule = "flat",
         physical_batch_size: int | None = None,
         loss_reduction: str = "mean",
         ledger: PrivacyLedger | None = None,
@@ -159,7 +169,9 @@ class PrivacyEngine:
         """
         private = self._private()
         if private.insecure:
-            raise RuntimeError("insecure_seed makes noise and batches reproducible, which is not private at any epsilon")
+            raise RuntimeError(
+                "insecure_seed makes noise and batches reproducible, which is not private at any epsilon"
+            )
         if private.steps_charged == 0:
             return 0.0
         return accounting.epsilon(
@@ -244,9 +256,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         self.private = private
         self._loader = loader
 
-    def backward(
-        self, losses: Tensor, records: Tensor | None = None, *, sample_id: Tensor | None = None
-    ) -> None:
+    def backward(self, losses: Tensor, records: Tensor | None = None, *, sample_id: Tensor | None = None) -> None:
         """Use in place of ``loss.backward()``, with one loss per row: no loss can couple records then."""
         self.private.backward(losses, records, sample_id=sample_id)
 
@@ -287,7 +297,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         raise TypeError("a private optimizer cannot be copied or pickled: both would spend the same steps")
 
 
-def _spec(clipping: ClippingRule | str | Mapping[str, Any], max_grad_norm: float, *, delta: float, **values: Any) -> PrivacySpec:
+def _spec(clipping: Rule, max_grad_norm: float, *, delta: float, **values: Any) -> PrivacySpec:
     # The largest bound N on the number of records that delta is below the inverse of.
     bound = max(1, math.ceil(1.0 / delta) - 1) if 0.0 < delta < 1.0 else 1
     return PrivacySpec(

@@ -140,10 +140,8 @@ class LayerNormRule:
     def gradients(self, layer: Any, use: str, call: Call) -> dict[str, PerSampleGradient]:
         shape = tuple(layer.normalized_shape)
         x, g = (tokens(tensor, len(shape)).flatten(2) for tensor in call)
-        if layer.eps is not None:
-            eps = layer.eps
-        else:  # of RMSNorm: that of the type it computes in
-            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        default = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps  # of RMSNorm's arithmetic
+        eps = default if layer.eps is None else layer.eps
         weight, bias = _ops.norm_grads(x, g, eps, self._subtract_mean)
         gradients: dict[str, PerSampleGradient] = {"weight": Materialised(weight.unflatten(1, shape))}
         if self._subtract_mean and layer.bias is not None:

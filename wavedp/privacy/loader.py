@@ -107,6 +107,10 @@ class _Chunks:
         self._loader = loader
 
     def __iter__(self) -> Iterator[list[int]]:
-        for number in range(self._loader.sampler.drawn - 1, self._loader.sampler.steps):
+        sampler = self._loader.sampler
+        number = sampler.drawn - 1  # the first is asked for when its batch has been drawn
+        while number < sampler.steps:
             for chunk in self._loader.plan(number):
                 yield chunk.tolist()
+            # Batches between that were drawn since were empty.
+            number = max(number + 1, sampler.drawn - 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wavedp import functional  # noqa: F401  (registers the ops)
-from wavedp.privacy.clipping import accumulation_dtype, weighted_record_sum
+from wavedp.privacy.clipping import accumulation_dtype
 
 NORM_ROUNDING = {torch.float32: 2.0**-20, torch.float64: 2.0**-49}
 """Share of ``(sum_t |a_t| |g_t|)^2`` added to a squared norm computed in floating point.
@@ -55,7 +55,8 @@ class Materialised:
         return self._squared
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        return weighted_record_sum(self.grads, factors)
+        total: Tensor = _ops.weighted_sum(self.grads, factors)
+        return total
 
     def materialised(self) -> Tensor:
         return self.grads

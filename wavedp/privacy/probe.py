@@ -69,7 +69,6 @@ class IndependenceProbe:
             yield odd
             yield ~odd
 
-
     @staticmethod
     def seed(output: Tensor, part: Tensor) -> Tensor:
         """Return a cotangent of ``output`` ``[records, ...]`` for the records in ``part`` alone.
