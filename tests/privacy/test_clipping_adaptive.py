@@ -5,6 +5,8 @@ import json
 import math
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -18,9 +20,7 @@ ADAPTIVE = {"name": "adaptive", "count_noise_stddev": 4.0}
 class NoNoise(Entropy):
     """Words whose normals are 0: u = 1 makes the radius 0."""
 
-    def words(self, count: int, dtype: str = "<u8"):  # type: ignore[no-untyped-def]
-        import numpy as np
-
+    def words(self, count: int, dtype: str = "<u8") -> npt.NDArray[np.unsignedinteger]:
         return np.full(count, 2**32 - 1, dtype=np.uint32)
 
 
