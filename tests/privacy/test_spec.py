@@ -4,11 +4,22 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from wavedp.privacy import PrivacySpec, accounting
+from wavedp.privacy import (
+    AdaptiveClipping,
+    AutomaticClipping,
+    FlatClipping,
+    NormalisedClipping,
+    PerGroupClipping,
+    PerLayerClipping,
+    PrivacySpec,
+    accounting,
+)
 
 MakeSpec = Callable[..., PrivacySpec]
 
@@ -79,6 +90,68 @@ def test_round_trip_and_fingerprint(spec: MakeSpec) -> None:
     assert len(prints) == 4
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "flat",
+        "per_layer",
+        {"name": "per_group", "bounds": {"head": 0.8, r"blocks\.\d+": 0.6}},
+        "normalised",
+        {"name": "automatic", "gamma": 0.1},
+        {"name": "adaptive", "count_noise_stddev": 3.0, "target_quantile": 0.4},
+    ],
+    ids=str,
+)
+def test_clipping_rule_round_trips(spec: MakeSpec, rule: Any) -> None:
+    made = spec(clipping_rule=rule)
+    written = json.dumps(made.to_dict())
+    again = PrivacySpec.from_dict(json.loads(written))
+    assert again == made
+    assert hash(again) == hash(made)
+    assert again.clipping == made.clipping
+    assert again.fingerprint() == made.fingerprint()
+    assert json.loads(written)["clipping_rule"]["name"] == made.clipping_rule.name
+    assert made.sensitivity == pytest.approx(1.0 + 2.0**-9, rel=1e-12)
+    assert made.noise_stddev == made.clipping.sum_noise_multiplier(made.noise_multiplier) * made.sensitivity
+
+
+def test_clipping_rule_is_part_of_the_fingerprint(spec: MakeSpec) -> None:
+    rules = ["flat", "per_layer", "normalised", "automatic", {"name": "automatic", "gamma": 0.1}]
+    rules += [{"name": "adaptive", "count_noise_stddev": s} for s in (2.0, 3.0)]
+    assert len({spec(clipping_rule=rule).fingerprint() for rule in rules}) == len(rules)
+    assert spec(clipping_rule={"name": "automatic", "gamma": 0.01}).fingerprint() == (
+        spec(clipping_rule="automatic").fingerprint()
+    )
+    assert spec().clipping == FlatClipping(1.0)
+    assert spec().to_dict()["clipping_rule"] == {"name": "flat"}
+
+
+def test_every_rule_makes_its_clipping(spec: MakeSpec) -> None:
+    assert spec(clipping_rule={"name": "automatic", "gamma": 1}).clipping == AutomaticClipping(1.0, gamma=1.0)
+    assert spec(clipping_rule="normalised", max_grad_norm=0.2).clipping == NormalisedClipping(0.2)
+    assert spec(clipping_rule="per_layer").clipping == PerLayerClipping(1.0)
+    bounds = {"a": 3.0, "b": 4.0}
+    made = spec(clipping_rule={"name": "per_group", "bounds": bounds}, max_grad_norm=5.0)
+    assert made.clipping == PerGroupClipping(bounds)
+    made = spec(clipping_rule="adaptive", expected_batch_size=100.0, max_grad_norm=0.5)
+    assert made.clipping == AdaptiveClipping(0.5, 100.0, count_noise_stddev=5.0)
+    # The default count noise follows the one field that a resumed run may change, at the same cost.
+    assert dataclasses.replace(made, expected_batch_size=200.0).clipping == AdaptiveClipping(0.5, 200.0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("ghost", "clipping_rule 'ghost' is not known"),
+        ({"name": "per_group", "bounds": {"a": 3.0}}, "max_grad_norm=1.0 must be the l2 norm"),
+        ({"name": "adaptive", "count_noise_stddev": 0.5}, "count_noise_stddev=0.5 must be above"),
+    ],
+)
+def test_refuses_rules(spec: MakeSpec, rule: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        spec(clipping_rule=rule)
+
+
 def test_from_dict_wants_every_field(spec: MakeSpec) -> None:
     values = spec().to_dict()
     del values["delta"]
@@ -97,7 +170,9 @@ def test_for_target_epsilon() -> None:
         expected_batch_size=64,
         delta=1e-4,
         dataset_size_bound=2000,
+        clipping_rule={"name": "adaptive", "count_noise_stddev": 9},
     )
+    assert dict(made.to_dict()["clipping_rule"])["count_noise_stddev"] == 9.0
     assert 0.99 * 4.0 <= made.epsilon() <= 4.0
     assert made.epsilon() <= accounting.epsilon_rdp(
         sample_rate=0.05, noise_multiplier=made.noise_multiplier, steps=200, delta=1e-4

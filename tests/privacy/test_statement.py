@@ -66,6 +66,39 @@ def test_fields(spec: MakeSpec, tmp_path: Path) -> None:
     assert "num_records" not in values
 
 
+def test_names_the_clipping_rule_and_what_it_costs(spec: MakeSpec) -> None:
+    flat = PrivacyStatement.from_run(train(spec(), 2))
+    assert flat.clipping == "flat: factor min(1, C / norm) over all parameters, C = 1"
+    assert flat.extra_charge is None
+    automatic = PrivacyStatement.from_run(train(spec(clipping_rule="automatic"), 2))
+    assert automatic.clipping.endswith("factor C / (norm + gamma) over all parameters, C = 1, gamma = 0.01")
+    assert "AUTO-S" in automatic.to_text()
+
+
+def test_names_adaptive_clipping_and_its_count(spec: MakeSpec) -> None:
+    made = spec(clipping_rule={"name": "adaptive", "count_noise_stddev": 2.0, "target_quantile": 0.3})
+    statement = PrivacyStatement.from_run(train(made, 2))
+    for words in ("starts at 1 ", "exp(-0.2 (", "- 0.3))"):
+        assert words in statement.clipping, words
+    assert statement.extra_charge is not None
+    for words in ("deviation 2;", "is 1.0328 in place of 1;", "C is public"):  # (1 - 1/16)^(-1/2)
+        assert words in statement.extra_charge, words
+    assert statement.noise_stddev == made.noise_stddev > made.sensitivity
+    assert statement.epsilon == spec().epsilon()
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"name": "per_group", "bounds": {"weight": 0.6, "bias": 0.8}}, "{'bias': 0.8, 'weight': 0.6}, together C = 1"),
+        ("per_layer", "C_k = C / sqrt(K) for K layers, C = 1"),
+        ("normalised", "normalised: factor C / norm over all parameters, C = 1"),
+    ],
+)
+def test_every_rule_describes_itself(spec: MakeSpec, rule: Any, words: str) -> None:
+    assert spec(clipping_rule=rule).clipping.describe().endswith(words)
+
+
 def test_text_is_aligned(spec: MakeSpec) -> None:
     statement = PrivacyStatement.from_run(train(spec(), 20))
     lines = statement.to_text().splitlines()
