@@ -111,6 +111,16 @@ void weighted_sum(uintptr_t x, int dtype, const SequenceAxes& axes, uintptr_t fa
                            threads);
 }
 
+bool scale_records(uintptr_t x, int dtype, const SequenceAxes& axes, uintptr_t factors, double smallest,
+                   uintptr_t scaled, int threads) {
+  wavedp::check_range("threads", threads, 1, INT32_MAX);
+  const wavedp::Sequences records = sequences_of("x_ptr", x, dtype, axes);
+  return wavedp::scale_records_cpu(
+      {records, address<const double>("factors_ptr", factors, records.batch), smallest,
+       address<void>("scaled_ptr", scaled, records.batch * records.tokens * records.width)},
+      threads);
+}
+
 }  // namespace
 
 void bind_per_sample(py::module_& m) {
@@ -127,4 +137,6 @@ void bind_per_sample(py::module_& m) {
         unlocked);
   m.def("weighted_sum", &weighted_sum, "x_ptr"_a, "dtype"_a, "axes"_a, "factors_ptr"_a, "sum_ptr"_a,
         "threads"_a, unlocked);
+  m.def("scale_records", &scale_records, "x_ptr"_a, "dtype"_a, "axes"_a, "factors_ptr"_a, "smallest"_a,
+        "scaled_ptr"_a, "threads"_a, unlocked);
 }

@@ -72,6 +72,14 @@ struct WeightedSum {
   void* sum;  // [width]
 };
 
+// scaled[b] = factors[b] * x[b], contiguous [batch, tokens, width].
+struct ScaledRecords {
+  Sequences x;
+  const double* factors;
+  double smallest;
+  void* scaled;
+};
+
 void linear_norms_cpu(const LinearNorms& job, int threads);
 void norm_grads_cpu(const NormGrads& job, int threads);
 void embedding_norms_cpu(const EmbeddingNorms& job, int threads);
@@ -79,5 +87,7 @@ void embedding_norms_cpu(const EmbeddingNorms& job, int threads);
 bool embedding_weight_grad_cpu(const EmbeddingWeightGrad& job, int threads);
 void squared_norms_cpu(const SquaredNorms& job, int threads);
 void weighted_sum_cpu(const WeightedSum& job, int threads);
+// Whether every row of the result has an entry of at least `smallest`, apart from rows that were 0.
+bool scale_records_cpu(const ScaledRecords& job, int threads);
 
 }  // namespace wavedp

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The functions of per_sample.h: divides their units among threads, and adds up what parts of a record gave
 // in an order that the number of threads does not change.
+#include <atomic>
 #include <numeric>
 
 #include "divide.h"
@@ -20,13 +21,15 @@ struct Units {
   decltype(&baseline::norm_grads_units) norm_grads;
   decltype(&baseline::squared_norms_units) squared_norms;
   decltype(&baseline::weighted_sum_units) weighted_sum;
+  decltype(&baseline::scale_records_units) scale_records;
   decltype(&baseline::embedding_norms_units) embedding_norms;
   decltype(&baseline::embedding_weight_grad_units) embedding_weight_grad;
 };
 
-#define WAVEDP_UNITS(isa)                                                         \
-  {isa::linear_norms_units, isa::norm_grads_units,      isa::squared_norms_units, \
-   isa::weighted_sum_units, isa::embedding_norms_units, isa::embedding_weight_grad_units}
+#define WAVEDP_UNITS(isa)                                                                 \
+  {isa::linear_norms_units,         isa::norm_grads_units,    isa::squared_norms_units,   \
+   isa::weighted_sum_units,         isa::scale_records_units, isa::embedding_norms_units, \
+   isa::embedding_weight_grad_units}
 
 const Units kUnits[] = {// as cpu_isa_index counts
 #ifdef WAVEDP_X86
@@ -74,6 +77,14 @@ void squared_norms_cpu(const SquaredNorms& job, int threads) {
 void weighted_sum_cpu(const WeightedSum& job, int threads) {
   divide(unit_count(job), std::max<int64_t>(size(job.x), 1), threads,
          [&](int64_t begin, int64_t end) { chosen().weighted_sum(job, begin, end); });
+}
+
+bool scale_records_cpu(const ScaledRecords& job, int threads) {
+  std::atomic<bool> precise{true};
+  divide(job.x.batch, size(job.x), threads, [&](int64_t begin, int64_t end) {
+    if (!chosen().scale_records(job, begin, end)) precise.store(false, std::memory_order_relaxed);
+  });
+  return precise.load();
 }
 
 void embedding_norms_cpu(const EmbeddingNorms& job, int threads) {

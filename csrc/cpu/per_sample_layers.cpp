@@ -143,22 +143,71 @@ void squared_norms_of(const SquaredNorms& job, double* parts, int64_t begin, int
 
 template <class Real>
 void weighted_sum_of(const WeightedSum& job, int64_t begin, int64_t end) {
-  Scratch<Real> rows(Scratch<Real>::room(kColumnsPerUnit));
+  constexpr int kTogether = 4;
+  Scratch<Real> rows(kTogether * Scratch<Real>::room(kColumnsPerUnit));
   Scratch<double> totals(Scratch<double>::room(kColumnsPerUnit));
-  Real* row = rows.take(kColumnsPerUnit);
+  Real* buffers[kTogether];
+  for (Real*& buffer : buffers) buffer = rows.take(kColumnsPerUnit);
   double* total = totals.take(kColumnsPerUnit);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = unit * kColumnsPerUnit, left = job.x.width - first;
     const int64_t count = left < kColumnsPerUnit ? left : kColumnsPerUnit;
     for (int64_t c = 0; c < count; ++c) total[c] = 0;
-    for (int64_t record = 0; record < job.x.batch; ++record) {
-      const double factor = job.factors[record];
-      if (factor == 0) continue;  // its entries may be infinite
-      const Real* values = wide_row(job.x, record, 0, first, count, row);
-      for (int64_t c = 0; c < count; ++c) total[c] += factor * static_cast<double>(values[c]);
+    for (int64_t record = 0; record < job.x.batch;) {
+      const Real* values[kTogether];
+      double factors[kTogether];
+      int found = 0;
+      for (; record < job.x.batch && found < kTogether; ++record) {
+        if (job.factors[record] == 0) continue;  // its entries may be infinite
+        values[found] = wide_row(job.x, record, 0, first, count, buffers[found]);
+        factors[found++] = job.factors[record];
+      }
+      if (found == kTogether) {
+        for (int64_t c = 0; c < count; ++c) {
+          const double x0 = values[0][c], x1 = values[1][c], x2 = values[2][c], x3 = values[3][c];
+          total[c] += (factors[0] * x0 + factors[1] * x1) + (factors[2] * x2 + factors[3] * x3);
+        }
+        continue;
+      }
+      for (int k = 0; k < found; ++k) {
+        for (int64_t c = 0; c < count; ++c) total[c] += factors[k] * static_cast<double>(values[k][c]);
+      }
     }
     narrow<Real>(total, count, static_cast<Real*>(job.sum) + first);
   }
+}
+
+template <class Real>
+bool scale_records_of(const ScaledRecords& job, int64_t begin, int64_t end) {
+  using V = Lane<Real>;
+  constexpr int64_t n = kLanes<Real>;
+  const int64_t tokens = job.x.tokens, width = job.x.width;
+  Scratch<Real> rows(Scratch<Real>::room(width));
+  Real* buffer = rows.take(width);
+  bool precise = true;
+  for (int64_t record = begin; record < end; ++record) {
+    const Real factor = static_cast<Real>(job.factors[record]);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Real* row = wide_row(job.x, record, t, 0, width, buffer);
+      Real* scaled = static_cast<Real*>(job.scaled) + (record * tokens + t) * width;
+      V largest{};
+      int64_t c = 0;
+      for (; c + n <= width; c += n) {
+        const V v = load<V>(row + c) * factor, size = v < 0 ? -v : v;
+        store(scaled + c, v);
+        largest = size > largest ? size : largest;
+      }
+      if (c < width) {
+        const V v = load_first(row + c, width - c) * factor, size = v < 0 ? -v : v;
+        std::memcpy(scaled + c, &v, (width - c) * sizeof(Real));
+        largest = size > largest ? size : largest;
+      }
+      if (lane_max(largest) < static_cast<Real>(job.smallest)) {
+        for (c = 0; c < width && precise; ++c) precise = row[c] == 0;
+      }
+    }
+  }
+  return precise;
 }
 
 }  // namespace
@@ -185,6 +234,10 @@ void embedding_weight_grad_units(const EmbeddingWeightGrad& job, const int64_t* 
                                  int64_t begin, int64_t end) {
   job.g.wide() ? embedding_weight_grad_of<double>(job, order, starts, begin, end)
                : embedding_weight_grad_of<float>(job, order, starts, begin, end);
+}
+
+bool scale_records_units(const ScaledRecords& job, int64_t begin, int64_t end) {
+  return job.x.wide() ? scale_records_of<double>(job, begin, end) : scale_records_of<float>(job, begin, end);
 }
 
 }  // namespace wavedp::WAVEDP_ISA

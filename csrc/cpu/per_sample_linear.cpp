@@ -60,7 +60,7 @@ class LinearNormsOfRecords {
       finite = finite && power_a != RowSize::kNotFinite && power_g != RowSize::kNotFinite;
       if (!finite || power_a == RowSize::kZero || power_g == RowSize::kZero) continue;
       const int power = power_a + power_g;
-      bound += ldexp(lengths_[0][t] * lengths_[1][t], power);
+      bound += lengths_[0][t] * lengths_[1][t] * power_of_two(power);
       if (power > peak) peak = power;
     }
     if (!finite) bound = NAN;

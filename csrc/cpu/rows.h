@@ -45,15 +45,42 @@ struct RowSize {
   double length;
 };
 
+// 2^power in float64, where ldexp is a call.
+inline double power_of_two(int power) {
+  if (power < -1022 || power > 1023) return ldexp(1.0, power);
+  return bits_as<double>(static_cast<int64_t>(power + 1023) << 52);
+}
+
 // 2^power as a product of two, either of which is in range where entries times it are.
 template <class Real>
 struct PowerOfTwo {
   Real first, second;
 
   explicit PowerOfTwo(int power)
-      : first(static_cast<Real>(ldexp(1.0, power / 2))),
-        second(static_cast<Real>(ldexp(1.0, power - power / 2))) {}
+      : first(static_cast<Real>(power_of_two(power / 2))),
+        second(static_cast<Real>(power_of_two(power - power / 2))) {}
 };
+
+// What joins all lanes of a vector two by two, in its first lane.
+template <int kCount, class V, class Join>
+inline V joined_lanes(const V& v, const Join& join) {
+  if constexpr (kCount > 1) {
+    constexpr int kHalf = kCount / 2;
+    return joined_lanes<kHalf>(
+        join(merged<kHalf, false>(v, v, Lanes<V>()), merged<kHalf, true>(v, v, Lanes<V>())), join);
+  }
+  return v;
+}
+
+template <class V>
+inline auto lane_sum(const V& v) {
+  return joined_lanes<sizeof(V) / sizeof(v[0])>(v, [](const V& a, const V& b) { return a + b; })[0];
+}
+
+template <class V>
+inline auto lane_max(const V& v) {
+  return joined_lanes<sizeof(V) / sizeof(v[0])>(v, [](const V& a, const V& b) { return a > b ? a : b; })[0];
+}
 
 template <class Real>
 inline RowSize row_size(const Real* row, int64_t count) {
@@ -80,28 +107,26 @@ inline RowSize row_size(const Real* row, int64_t count) {
     largest[u] = bits > largest[u] ? bits : largest[u];
     sums[u] += v * v;
   }
-  Int bits = 0;
-  double sum = 0;
-  const V lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  for (int64_t lane = 0; lane < n; ++lane) {
-    for (const Bits& l : largest) bits = l[lane] > bits ? l[lane] : bits;
-    sum += static_cast<double>(lanes[lane]);
-  }
+  for (int u = 1; u < 4; ++u) largest[0] = largest[u] > largest[0] ? largest[u] : largest[0];
+  const Int bits = lane_max(largest[0]);
+  const double sum = static_cast<double>(lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3])));
   if (bits == 0) return {RowSize::kZero, 0.0};
-  Real peak;
-  std::memcpy(&peak, &bits, sizeof peak);
-  if (!(peak - peak == 0)) return {RowSize::kNotFinite, 0.0};
-  const int power = ilogb(static_cast<double>(peak));
   // Between these powers no square overflows, and those that vanish do not matter beside the largest.
-  constexpr int kOrdinary = sizeof(Real) == 8 ? 400 : 40;
-  if (-kOrdinary <= power && power <= kOrdinary) return {power, ldexp(sqrt(sum), -power)};
+  constexpr int kOrdinary = sizeof(Real) == 8 ? 400 : 40, kMantissa = sizeof(Real) == 8 ? 52 : 23;
+  constexpr int kBias = sizeof(Real) == 8 ? 1023 : 127;
+  const int exponent = static_cast<int>(bits >> kMantissa) - kBias;
+  if (-kOrdinary <= exponent && exponent <= kOrdinary) {
+    return {exponent, sqrt(sum) * power_of_two(-exponent)};
+  }
+  if (exponent > kBias) return {RowSize::kNotFinite, 0.0};
+  const int power = ilogb(static_cast<double>(bits_as<Real>(bits)));
   const PowerOfTwo<double> scale(-power);
-  sum = 0;
+  double squares = 0;
   for (c = 0; c < count; ++c) {
     const double entry = static_cast<double>(row[c]) * scale.first * scale.second;
-    sum += entry * entry;
+    squares += entry * entry;
   }
-  return {power, sqrt(sum)};
+  return {power, sqrt(squares)};
 }
 
 // target = source * scale, and zeros up to a whole vector. May be in place.

@@ -39,7 +39,7 @@ static inline int64_t slice_count(const LinearNorms& job) {
 
 // Entries of a record whose squares are added up by one unit, and columns of WeightedSum.
 constexpr int64_t kEntriesPerPart = 1 << 16;
-constexpr int64_t kColumnsPerUnit = 1024;
+constexpr int64_t kColumnsPerUnit = 2048;
 static inline int64_t part_count(const SquaredNorms& job) {
   return (job.x.width + kEntriesPerPart - 1) / kEntriesPerPart;
 }
@@ -57,6 +57,7 @@ static inline int64_t unit_count(const WeightedSum& job) {
   void norm_grads_units(const NormGrads& job, int64_t begin, int64_t end);                                 \
   void squared_norms_units(const SquaredNorms& job, double* parts, int64_t begin, int64_t end);            \
   void weighted_sum_units(const WeightedSum& job, int64_t begin, int64_t end);                             \
+  bool scale_records_units(const ScaledRecords& job, int64_t begin, int64_t end);                          \
   void embedding_norms_units(const EmbeddingNorms& job, const int64_t* order, int64_t begin, int64_t end); \
   void embedding_weight_grad_units(const EmbeddingWeightGrad& job, const int64_t* order,                   \
                                    const int64_t* starts, int64_t begin, int64_t end);                     \

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from wavedp.ops.wavelet_native import DTYPE_CODES, compiled
+from wavedp.reference import per_sample as reference
 from wavedp.reference.per_sample import arithmetic_dtype
-from wavedp.reference.per_sample import scaled_weight_grad as scaled_weight_grad
 
 
 def _sequences(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:  # [B, T, width], any strides
@@ -99,3 +99,19 @@ def weighted_sum(grads: Tensor, factors: Tensor) -> Tensor:
         addresses = factors.data_ptr(), total.data_ptr()
         compiled("weighted_sum")(x.data_ptr(), DTYPE_CODES[x.dtype], axes, *addresses, torch.get_num_threads())
     return total
+
+
+def _scale_records(x: Tensor, factors: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """:func:`wavedp.reference.per_sample.scale_records` by the C++ library."""
+    if x.numel() == 0 or (dtype == torch.float64) != (x.dtype == torch.float64):
+        return reference.scale_records(x, factors, dtype)
+    scaled = torch.empty(x.shape, dtype=dtype)
+    (x, axes), factors = _sequences(x), factors.double().contiguous()
+    arguments = x.data_ptr(), DTYPE_CODES[x.dtype], axes, factors.data_ptr(), reference.SMALLEST_ROW
+    is_precise: bool = compiled("scale_records")(*arguments, scaled.data_ptr(), torch.get_num_threads())
+    return scaled, is_precise
+
+
+def scaled_weight_grad(g: Tensor, a: Tensor, factors: Tensor) -> Tensor:
+    """:func:`wavedp.reference.per_sample.scaled_weight_grad`, all but the product by the C++ library."""
+    return reference.scaled_weight_grad(g, a, factors, _scale_records)
