@@ -28,18 +28,22 @@ CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contrac
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler=-fPIC,-fvisibility=hidden"
 ISA_FLAGS = {"baseline": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    ISA_FLAGS |= {"avx2": "-mavx2", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl"}
+    ISA_FLAGS |= {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl"}
 CUDA_ARCHS = ("80", "90", "100")
 SHARED = "-pthread " + ("-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared")
 CPU, CUDA = "wavedp._csrc", "wavedp._csrc_cuda"
+BINDINGS = ["csrc/bindings.cpp", "csrc/bindings_per_sample.cpp"]
+DISPATCH = ["csrc/cpu/dispatch.cpp", "csrc/cpu/dispatch_per_sample.cpp", "csrc/cpu/team.cpp"]
+# Compiled for each instruction set. All implementations of the transforms give the same bits, so nothing may turn a
+# product and a sum of theirs into one operation; norms are made of such operations.
+KERNELS = {
+    "csrc/cpu/wavelet.cpp": "",
+    "csrc/cpu/wavelet_tokens.cpp": "",
+    "csrc/cpu/per_sample_layers.cpp": "-ffp-contract=fast",
+    "csrc/cpu/per_sample_linear.cpp": "-ffp-contract=fast",
+}
 SOURCES = {
-    CPU: [
-        "csrc/bindings.cpp",
-        "csrc/cpu/dispatch.cpp",
-        "csrc/cpu/team.cpp",
-        "csrc/cpu/wavelet.cpp",
-        "csrc/cpu/wavelet_tokens.cpp",
-    ],
+    CPU: [*BINDINGS, *DISPATCH, *KERNELS],
     CUDA: [
         "csrc/bindings_cuda.cpp",
         "csrc/cuda/analysis.cu",
@@ -108,16 +112,20 @@ def binding_flags() -> str:
 def cpu_rules() -> str:
     compiler = find_compiler()
     x86 = "-DWAVEDP_X86" if "avx2" in ISA_FLAGS else ""
-    bindings, dispatch, team, *kernels = SOURCES[CPU]  # the kernels are compiled for each instruction set
     steps = [f"cxx = {compiler}\nlinker = {compiler} {SHARED}\n"]
-    steps += [compile_step("bindings.o", "cxx", bindings, binding_flags())]
-    steps += [compile_step("dispatch.o", "cxx", dispatch, f"{CXX_FLAGS} -pthread {x86}")]
-    steps += [compile_step("team.o", "cxx", team, f"{CXX_FLAGS} -pthread")]
-    objects = ["bindings.o", "dispatch.o", "team.o"]
+    objects = []
+
+    def compile_object(source: str, flags: str, suffix: str = "") -> None:
+        objects.append(f"{Path(source).stem}{suffix}.o")
+        steps.append(compile_step(objects[-1], "cxx", source, flags))
+
+    for source in BINDINGS:
+        compile_object(source, binding_flags())
+    for source in DISPATCH:
+        compile_object(source, f"{CXX_FLAGS} -pthread {x86}")
     for isa, flags in ISA_FLAGS.items():
-        for kernel in kernels:
-            objects += [f"{Path(kernel).stem}-{isa}.o"]
-            steps += [compile_step(objects[-1], "cxx", kernel, f"{CXX_FLAGS} {flags} -DWAVEDP_ISA={isa}")]
+        for source, extra in KERNELS.items():
+            compile_object(source, f"{CXX_FLAGS} {extra} {flags} -DWAVEDP_ISA={isa}", f"-{isa}")
     return "".join([*steps, f"build module.so: link {' '.join(objects)}\n"])
 
 

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Chooses the widest instruction set of this CPU and divides the units of work among threads.
+// Chooses the widest instruction set of this CPU, for everything, and computes the transforms.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <exception>
 #include <vector>
 
-#include "team.h"
+#include "divide.h"
 #include "units.h"
 
 WAVEDP_DECLARE_UNITS(baseline)
@@ -33,7 +32,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx2() { return __builtin_cpu_supports("avx2"); }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
 #define WAVEDP_UNITS(isa) \
@@ -56,40 +55,6 @@ const Isa& chosen() {
   const Isa* isa = current.load(std::memory_order_relaxed);
   if (!isa) current.store(isa = widest(), std::memory_order_relaxed);
   return *isa;
-}
-
-// What a core transforms in several times the 5 us that it costs to set a thread of a pool to work.
-constexpr int64_t kSamplesPerPart = 1 << 17;
-// Parts of a thread, so that one that is held up leaves the rest to others.
-constexpr int64_t kPartsPerThread = 4;
-
-// Runs run(begin, end) over all units. What a part throws is thrown here once all have ended.
-template <class Run>
-void divide(int64_t units, int64_t samples, int threads, const Run& run) {
-  if (units == 0 || samples == 0) return;
-  const int64_t most = threads > 1 ? threads * kPartsPerThread : 1;
-  const int64_t parts = std::max<int64_t>(1, std::min({most, samples / kSamplesPerPart, units}));
-  if (parts == 1) return run(int64_t(0), units);
-
-  struct Job {
-    const Run& run;
-    int64_t units, parts;
-    std::vector<std::exception_ptr> thrown;
-
-    int64_t bound(int64_t part) const { return units / parts * part + std::min(part, units % parts); }
-    static void work(void* self, int64_t part) {
-      Job& job = *static_cast<Job*>(self);
-      try {
-        job.run(job.bound(part), job.bound(part + 1));
-      } catch (...) {
-        job.thrown[part] = std::current_exception();
-      }
-    }
-  } job{run, units, parts, std::vector<std::exception_ptr>(parts)};
-  run_in_team(parts, threads, Job::work, &job);
-  for (const std::exception_ptr& error : job.thrown) {
-    if (error) std::rethrow_exception(error);
-  }
 }
 
 // Sums of the rows of the grid, in their order, so that the number of threads does not show.
@@ -122,6 +87,8 @@ void tokens_with_energies(const WaveletTokens& job, int threads) {
 }  // namespace
 
 const char* cpu_isa() { return chosen().name; }
+
+int cpu_isa_index() { return static_cast<int>(&chosen() - kIsas); }
 
 bool set_cpu_isa(const char* name) {
   for (const Isa& isa : kIsas) {

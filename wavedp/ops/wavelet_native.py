@@ -26,23 +26,23 @@ _unflatten = _C._nn.unflatten_dense_tensors
 
 
 @functools.cache
-def _function(name: str) -> Callable[..., None]:
+def compiled(name: str) -> Callable[..., Any]:
     library: Any = importlib.import_module("wavedp._csrc")
     if is_forked():
         library.leave_pool()
-    function: Callable[..., None] = getattr(library, name)
+    function: Callable[..., Any] = getattr(library, name)
     return function
 
 
 def call(function: str, device: torch.device, *arguments: Any) -> None:
     if device.type != "cuda":
-        _function(function)(*arguments, torch.get_num_threads())
+        compiled(function)(*arguments, torch.get_num_threads())
         return
-    compiled: Any = importlib.import_module("wavedp._csrc_cuda")
+    cuda: Any = importlib.import_module("wavedp._csrc_cuda")
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else nullcontext():
         stream = torch.cuda.current_stream(device).cuda_stream
-        if code := getattr(compiled, function)(*arguments, stream):
-            raise RuntimeError(f"wavedp {function} on {device}: {compiled.error_string(code)}")
+        if code := getattr(cuda, function)(*arguments, stream):
+            raise RuntimeError(f"wavedp {function} on {device}: {cuda.error_string(code)}")
 
 
 class Packing:

@@ -6,7 +6,7 @@ is computed in float32, float64 in float64, and what is added up over records, t
 Nothing here scales a record by a factor of 0: such a record is left out, because 0 * inf is NaN.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -154,10 +154,25 @@ def weighted_sum(
     return torch.where(scales != 0, grads.double() * scales, 0.0).sum(0).to(arithmetic_dtype(grads.dtype))
 
 
+def scale_records(
+    x: Tensor,  # [B, T, width]
+    factors: Tensor,  # [B]
+    dtype: torch.dtype,
+) -> tuple[Tensor, bool]:
+    """``factors_b x_b``, contiguous, and whether every row of it that is not 0 has an entry of at least
+    :data:`SMALLEST_ROW`."""
+    scaled = (x.to(dtype) * factors.to(dtype)[:, None, None]).contiguous()
+    if scaled.numel() == 0:
+        return scaled, True
+    vanishes = (scaled.abs().amax(-1) < SMALLEST_ROW) & (x != 0).any(-1)
+    return scaled, not bool(vanishes.any())
+
+
 def scaled_weight_grad(
     g: Tensor,  # [B, T, p]
     a: Tensor,  # [B, T, d]
     factors: Tensor,  # [B]
+    scale: Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, bool]] = scale_records,
 ) -> Tensor:  # [p, d] float32, float64 for float64
     """``sum_b factors_b g_b^T a_b``, without the records whose factor is 0.
 
@@ -171,30 +186,19 @@ def scaled_weight_grad(
     T, d, p = a.shape[1], a.shape[2], g.shape[2]
     blocks = []
     records = max(1, min(MAX_RECORDS_IN_FLOAT32, MAX_ROWS_IN_FLOAT32 // max(1, T)))
-    for part in zip(g.split(records), a.split(records), factors.split(records)):
-        g_part, a_part, exact = _scaled_pair(*part, wide)
-        rows = zip(g_part.split(MAX_ROWS_IN_FLOAT32, 1), a_part.split(MAX_ROWS_IN_FLOAT32, 1))
-        blocks += [y.to(exact).flatten(0, 1).mT @ x.to(exact).flatten(0, 1) for y, x in rows]
-    return summed_blocks(blocks, p, d, wide)
-
-
-def _scaled_pair(g: Tensor, a: Tensor, factors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Both, the narrower times the factors, and the type in which their product is exact enough."""
-    narrow = a if a.shape[2] < g.shape[2] else g
-    scaled = narrow.to(dtype) * factors.to(dtype)[:, None, None]
-    if narrow.numel():
-        largest = scaled.abs().amax(-1)
-        if bool(((largest < SMALLEST_ROW) & (narrow != 0).any(-1)).any()):
+    for g_part, a_part, weights in zip(g.split(records), a.split(records), factors.split(records)):
+        narrow = a_part if d < p else g_part  # the one that is copied
+        scaled, is_precise = scale(narrow, weights, wide)
+        dtype = wide
+        if not is_precise:
             dtype = torch.float64
-            scaled = narrow.double() * factors.double()[:, None, None]
-    return (g, scaled, dtype) if narrow is a else (scaled, a, dtype)
-
-
-def summed_blocks(blocks: Sequence[Tensor], p: int, d: int, dtype: torch.dtype) -> Tensor:
-    """The sum of the blocks [p, d], in float64 where there are several."""
+            scaled = narrow.double() * weights.double()[:, None, None]
+        g_part, a_part = (g_part, scaled) if d < p else (scaled, a_part)
+        rows = zip(g_part.split(MAX_ROWS_IN_FLOAT32, 1), a_part.split(MAX_ROWS_IN_FLOAT32, 1))
+        blocks += [y.to(dtype).flatten(0, 1).mT @ x.to(dtype).flatten(0, 1) for y, x in rows]
     if len(blocks) == 1:
-        return blocks[0].to(dtype)
-    total = torch.zeros((p, d), dtype=torch.float64, device=blocks[0].device if blocks else None)
+        return blocks[0].to(wide)
+    total = torch.zeros((p, d), dtype=torch.float64, device=g.device)
     for block in blocks:
         total += block
-    return total.to(dtype)
+    return total.to(wide)
