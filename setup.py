@@ -35,7 +35,9 @@ CPU, CUDA = "wavedp._csrc", "wavedp._csrc_cuda"
 SOURCES = {
     CPU: [
         "csrc/bindings.cpp",
+        "csrc/bindings_noise.cpp",
         "csrc/cpu/dispatch.cpp",
+        "csrc/cpu/noise.cpp",
         "csrc/cpu/team.cpp",
         "csrc/cpu/wavelet.cpp",
         "csrc/cpu/wavelet_tokens.cpp",
@@ -108,16 +110,18 @@ def binding_flags() -> str:
 def cpu_rules() -> str:
     compiler = find_compiler()
     x86 = "-DWAVEDP_X86" if "avx2" in ISA_FLAGS else ""
-    bindings, dispatch, team, *kernels = SOURCES[CPU]  # the kernels are compiled for each instruction set
     steps = [f"cxx = {compiler}\nlinker = {compiler} {SHARED}\n"]
-    steps += [compile_step("bindings.o", "cxx", bindings, binding_flags())]
-    steps += [compile_step("dispatch.o", "cxx", dispatch, f"{CXX_FLAGS} -pthread {x86}")]
-    steps += [compile_step("team.o", "cxx", team, f"{CXX_FLAGS} -pthread")]
-    objects = ["bindings.o", "dispatch.o", "team.o"]
-    for isa, flags in ISA_FLAGS.items():
-        for kernel in kernels:
-            objects += [f"{Path(kernel).stem}-{isa}.o"]
-            steps += [compile_step(objects[-1], "cxx", kernel, f"{CXX_FLAGS} {flags} -DWAVEDP_ISA={isa}")]
+    objects = []
+    for source in SOURCES[CPU]:
+        stem = Path(source).stem
+        if stem.startswith("bindings"):
+            variants = {f"{stem}.o": binding_flags()}
+        elif stem in ("dispatch", "team"):
+            variants = {f"{stem}.o": f"{CXX_FLAGS} -pthread {x86}"}
+        else:  # a kernel is compiled for each instruction set
+            variants = {f"{stem}-{isa}.o": f"{CXX_FLAGS} {f} -DWAVEDP_ISA={isa}" for isa, f in ISA_FLAGS.items()}
+        steps += [compile_step(output, "cxx", source, flags) for output, flags in variants.items()]
+        objects += variants
     return "".join([*steps, f"build module.so: link {' '.join(objects)}\n"])
 
 

@@ -15,9 +15,14 @@ if (_CHECKOUT / "kernels" / "wavelet.py").is_file() and (_CHECKOUT / "csrc").is_
     __path__.append(str(_CHECKOUT))
 
 from wavedp.functional import (  # noqa: E402
+    NoiseKey,
+    add_gaussian_noise_,
+    chacha20_words,
     coarse,
     dwt2,
+    gaussian_noise,
     idwt2,
+    noisy_mean,
     wavedec2,
     wavelet_tokens,
     wavelet_untokens,
@@ -38,9 +43,14 @@ _LAZY_MODULES = ("compat", "data", "functional", "models", "ops", "pipeline", "p
 __all__ = [
     "CoarseToFineOutput",
     "CoarseToFinePipeline",
+    "NoiseKey",
+    "add_gaussian_noise_",
+    "chacha20_words",
     "coarse",
     "dwt2",
+    "gaussian_noise",
     "idwt2",
+    "noisy_mean",
     "wavedec2",
     "wavelet_tokens",
     "wavelet_untokens",

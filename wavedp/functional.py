@@ -20,6 +20,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from wavedp.noise import (
+    GRID_BITS,
+    MAX_DEVIATION,
+    NoiseKey,
+    add_gaussian_noise_,
+    chacha20_words,
+    gaussian_noise,
+    grid_step,
+    noisy_mean,
+)
 from wavedp.ops import wavelet_autograd
 from wavedp.ops.arguments import (
     affine_of,
@@ -46,6 +56,8 @@ from wavedp.tokens import wavelet_tokens, wavelet_untokens
 Details: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 __all__ = ["coarse", "dwt2", "idwt2", "wavedec2", "wavelet_tokens", "wavelet_untokens", "waverec2"]
+__all__ += ["GRID_BITS", "MAX_DEVIATION", "NoiseKey", "add_gaussian_noise_", "chacha20_words", "gaussian_noise"]
+__all__ += ["grid_step", "noisy_mean"]
 
 
 def dwt2(

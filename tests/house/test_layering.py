@@ -36,7 +36,8 @@ ARROWS: dict[str, set[str]] = {
     "compat": {"functional"},
     "storage": set(),
     "extras": set(),
-    "functional": {"ops", "tokens"},
+    "functional": {"ops", "tokens", "noise"},
+    "noise": {"ops"},  # the noise functions of functional
     "tokens": {"ops"},  # the token functions of functional
     "ops": {"kernels", "native", "reference"},
     "reference": set(),
