@@ -32,11 +32,12 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 CUDA_ARCHS = ("80", "90", "100")
 SHARED = "-pthread " + ("-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared")
 CPU, CUDA = "wavedp._csrc", "wavedp._csrc_cuda"
-BINDINGS = ["csrc/bindings.cpp", "csrc/bindings_per_sample.cpp"]
+BINDINGS = ["csrc/bindings.cpp", "csrc/bindings_noise.cpp", "csrc/bindings_per_sample.cpp"]
 DISPATCH = ["csrc/cpu/dispatch.cpp", "csrc/cpu/dispatch_per_sample.cpp", "csrc/cpu/team.cpp"]
 # Compiled for each instruction set. All implementations of the transforms give the same bits, so nothing may turn a
 # product and a sum of theirs into one operation; norms are made of such operations.
 KERNELS = {
+    "csrc/cpu/noise.cpp": "",
     "csrc/cpu/wavelet.cpp": "",
     "csrc/cpu/wavelet_tokens.cpp": "",
     "csrc/cpu/per_sample_layers.cpp": "-ffp-contract=fast",

@@ -9,6 +9,7 @@
 
 namespace py = pybind11;
 
+void bind_noise(py::module_& m);
 void bind_per_sample(py::module_& m);
 
 using namespace py::literals;
@@ -63,7 +64,7 @@ void set_isa(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_csrc, m, py::mod_gil_not_used()) {
-  m.doc() = "The 2-D Haar transform and the norms of gradients on CPU memory; see csrc/wavelet.h and per_sample.h.";
+  m.doc() = "The Haar transform, norms of gradients and noise on CPU memory; see csrc/*.h.";
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("wavedec2", &wavedec2, "x_ptr"_a, "dtype"_a, "gain"_a, "bias"_a, "planes"_a, "bands"_a,
         "band_dtype"_a, "edge"_a, "levels"_a, "factor"_a, "threads"_a, unlocked);
@@ -75,6 +76,7 @@ PYBIND11_MODULE(_csrc, m, py::mod_gil_not_used()) {
   m.def("wavelet_untokens", &wavelet_untokens, "tokens"_a, "x_ptr"_a, "dtype"_a, "batch"_a, "channels"_a,
         "height"_a, "width"_a, "levels"_a, "factor"_a, "grid_h"_a, "grid_w"_a, "shift_ptr"_a, "scale_ptr"_a,
         "threads"_a, unlocked);
+  bind_noise(m);
   bind_per_sample(m);
   m.def("leave_pool", &wavedp::leave_pool);
   m.def("isa", &wavedp::cpu_isa);

@@ -20,6 +20,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from wavedp.noise import (
+    GRID_BITS,
+    MAX_DEVIATION,
+    NoiseKey,
+    add_gaussian_noise_,
+    chacha20_words,
+    gaussian_noise,
+    grid_step,
+    noisy_mean,
+)
 from wavedp.ops import wavelet_autograd
 from wavedp.ops.arguments import (
     affine_of,
@@ -54,13 +64,21 @@ from wavedp.tokens import wavelet_tokens, wavelet_untokens
 Details: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 __all__ = [
+    "GRID_BITS",
+    "MAX_DEVIATION",
+    "NoiseKey",
+    "add_gaussian_noise_",
+    "chacha20_words",
     "clip_and_sum",
     "clip_factors",
     "coarse",
     "dwt2",
     "embedding_grad_norm",
+    "gaussian_noise",
     "ghost_norm",
+    "grid_step",
     "idwt2",
+    "noisy_mean",
     "per_sample_norm",
     "scaled_weight_grad",
     "wavedec2",

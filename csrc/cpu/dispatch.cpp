@@ -6,12 +6,16 @@
 #include <vector>
 
 #include "divide.h"
+#include "noise_units.h"
 #include "units.h"
 
 WAVEDP_DECLARE_UNITS(baseline)
+WAVEDP_DECLARE_NOISE_UNITS(baseline)
 #ifdef WAVEDP_X86
 WAVEDP_DECLARE_UNITS(avx2)
 WAVEDP_DECLARE_UNITS(avx512)
+WAVEDP_DECLARE_NOISE_UNITS(avx2)
+WAVEDP_DECLARE_NOISE_UNITS(avx512)
 #endif
 
 namespace wavedp {
@@ -24,6 +28,8 @@ struct Isa {
   void (*waverec2)(const Waverec2&, int64_t, int64_t);
   void (*wavelet_tokens)(const WaveletTokens&, void*, int64_t, int64_t);
   void (*wavelet_untokens)(const WaveletUntokens&, int64_t, int64_t);
+  void (*chacha20_words)(const ChachaWords&, int64_t, int64_t);
+  void (*noisy_mean)(const NoisyMean&, int64_t, int64_t);
 };
 
 #ifdef WAVEDP_X86
@@ -35,8 +41,9 @@ bool has_avx512() {
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
-#define WAVEDP_UNITS(isa) \
-  isa::wavedec2_units, isa::waverec2_units, isa::wavelet_tokens_units, isa::wavelet_untokens_units
+#define WAVEDP_UNITS(isa)                                                                           \
+  isa::wavedec2_units, isa::waverec2_units, isa::wavelet_tokens_units, isa::wavelet_untokens_units, \
+      isa::chacha20_words_units, isa::noisy_mean_units
 
 const Isa kIsas[] = {// widest first
 #ifdef WAVEDP_X86
@@ -56,6 +63,9 @@ const Isa& chosen() {
   if (!isa) current.store(isa = widest(), std::memory_order_relaxed);
   return *isa;
 }
+
+// A number drawn costs as much as the transform of several samples.
+constexpr int64_t kSamplesPerNormal = 8;
 
 // Sums of the rows of the grid, in their order, so that the number of threads does not show.
 template <class Real>
@@ -122,6 +132,16 @@ void wavelet_tokens_cpu(const WaveletTokens& job, int threads) {
 void wavelet_untokens_cpu(const WaveletUntokens& job, int threads) {
   divide(unit_count(job), sample_count(job), threads,
          [&](int64_t begin, int64_t end) { chosen().wavelet_untokens(job, begin, end); });
+}
+
+void chacha20_words_cpu(const ChachaWords& job, int threads) {
+  divide(unit_count(job), kSamplesPerNormal * job.count, threads,
+         [&](int64_t begin, int64_t end) { chosen().chacha20_words(job, begin, end); });
+}
+
+void noisy_mean_cpu(const NoisyMean& job, int threads) {
+  divide(unit_count(job), kSamplesPerNormal * job.count, threads,
+         [&](int64_t begin, int64_t end) { chosen().noisy_mean(job, begin, end); });
 }
 
 }  // namespace wavedp

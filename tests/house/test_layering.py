@@ -36,7 +36,8 @@ ARROWS: dict[str, set[str]] = {
     "compat": {"functional"},
     "storage": set(),
     "extras": set(),
-    "functional": {"ops", "tokens", "per_sample"},
+    "functional": {"ops", "tokens", "per_sample", "noise"},
+    "noise": {"ops"},  # the noise functions of functional
     "tokens": {"ops"},  # the token functions of functional
     "per_sample": {"ops"},  # and its functions on the gradients of single records
     "ops": {"kernels", "native", "reference"},

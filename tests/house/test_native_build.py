@@ -157,6 +157,7 @@ def test_a_changed_header_rebuilds_what_includes_it(tree: Path) -> None:
 def test_objects_of_an_instruction_set_share_no_code(tree: Path) -> None:
     """A shared inline function compiled for AVX-512 could be the copy that the linker keeps for every CPU."""
     functions = {
+        "noise": ("chacha20_words", "noisy_mean"),
         "per_sample_layers": (
             "embedding_norms",
             "embedding_weight_grad",

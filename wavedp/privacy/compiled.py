@@ -80,7 +80,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
 for device in ("CPU", "CUDA"):
     _library.impl("tap", _tap, device)
     _library.impl("book", _book, device)
-torch.library.register_fake("wavedp::tap", lambda output, anchor, inputs, number: torch.empty_like(output), lib=_library)
+torch.library.register_fake(
+    "wavedp::tap", lambda output, anchor, inputs, number: torch.empty_like(output), lib=_library
+)
 torch.library.register_fake(
     "wavedp::book", lambda output_grads, inputs, number: output_grads.new_empty(()), lib=_library
 )

@@ -11,6 +11,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 
+from wavedp.functional import NoiseKey
 from wavedp.privacy.validation import check_integer
 
 
@@ -41,6 +42,12 @@ class Entropy:
             return os.urandom(size)
         self._reads += 1
         return hashlib.shake_256(self._prefix + str(self._reads).encode()).digest(size)
+
+    def key(self) -> NoiseKey:
+        """Return a fresh key for the noise of one release; wipe it after."""
+        if self._prefix is None:
+            return NoiseKey.from_os()
+        return NoiseKey.insecure(int.from_bytes(self.read(32), "little"))
 
     def words(self, count: int, dtype: str = "<u8") -> npt.NDArray[np.unsignedinteger]:
         """Return ``count`` uniform unsigned integers of little-endian type ``dtype``, ``<u4`` or ``<u8``."""

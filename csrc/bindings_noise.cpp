@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// The noise functions of wavedp._csrc; see bindings.cpp. Keys are addresses of 32 bytes, never values.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "arguments.h"
+#include "noise.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+using std::uintptr_t;
+using wavedp::DType;
+
+namespace {
+
+constexpr int64_t kMostElements = int64_t(1) << 58;
+
+const unsigned char* checked_key(uintptr_t key) {
+  return static_cast<const unsigned char*>(wavedp::checked_address("key_ptr", key, 32));
+}
+
+void check_positive(const char* name, double value) {
+  if (!(value > 0) || !std::isfinite(value)) {
+    throw std::invalid_argument(std::string(name) + " must be positive and finite");
+  }
+}
+
+// The last block's number must fit in 64 bits.
+wavedp::NoiseStream checked_stream(uintptr_t key, uint32_t step, uint64_t offset, int64_t elements) {
+  if (offset > UINT64_MAX - static_cast<uint64_t>(elements)) {
+    throw std::invalid_argument("offset and the number of elements do not fit in 64 bits together");
+  }
+  return {checked_key(key), step, offset};
+}
+
+void chacha20_words(uintptr_t key, uint64_t counter, const std::vector<uint32_t>& nonce, int rounds,
+                    uintptr_t words, int64_t count, int threads) {
+  wavedp::check_range("threads", threads, 1, INT32_MAX);
+  wavedp::check_range("count", count, 0, kMostElements);
+  wavedp::check_range("the number of words of the nonce", static_cast<int64_t>(nonce.size()), 2, 3);
+  if (rounds != 8 && rounds != 12 && rounds != 20) throw std::invalid_argument("rounds must be 8, 12 or 20");
+  wavedp::ChachaWords job{};
+  job.key = checked_key(key);
+  job.counter = counter;
+  job.nonce_words = static_cast<int>(nonce.size());
+  std::copy(nonce.begin(), nonce.end(), job.nonce);
+  job.rounds = rounds;
+  job.words = static_cast<uint32_t*>(wavedp::checked_address("words_ptr", words, count));
+  job.count = count;
+  wavedp::chacha20_words_cpu(job, threads);
+}
+
+void noisy_mean(uintptr_t key, uint32_t step, uint64_t offset, uintptr_t total, int total_dtype,
+                uintptr_t out, int out_dtype, bool wide, double std, double grid, double divisor,
+                int64_t count, int threads) {
+  wavedp::check_range("threads", threads, 1, INT32_MAX);
+  wavedp::check_range("count", count, 0, kMostElements);
+  check_positive("divisor", divisor);
+  if (std != 0) check_positive("std", std);
+  if (grid != 0) check_positive("grid", grid);
+  wavedp::NoisyMean job{};
+  job.stream = checked_stream(key, step, offset, count);
+  job.total = reinterpret_cast<const void*>(total);
+  job.total_dtype = wavedp::checked_dtype("total_dtype", total_dtype, DType::kFloat64);
+  job.out = wavedp::checked_address("out_ptr", out, count);
+  job.out_dtype = wavedp::checked_dtype("out_dtype", out_dtype, DType::kFloat16);
+  job.wide = wide;
+  job.std = std;
+  job.grid = grid;
+  job.divisor = divisor;
+  job.count = count;
+  wavedp::noisy_mean_cpu(job, threads);
+}
+
+}  // namespace
+
+void bind_noise(py::module_& m) {
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def("chacha20_words", &chacha20_words, "key_ptr"_a, "counter"_a, "nonce"_a, "rounds"_a, "words_ptr"_a,
+        "count"_a, "threads"_a, unlocked);
+  m.def("noisy_mean", &noisy_mean, "key_ptr"_a, "step"_a, "offset"_a, "total_ptr"_a, "total_dtype"_a,
+        "out_ptr"_a, "out_dtype"_a, "wide"_a, "std"_a, "grid"_a, "divisor"_a, "count"_a, "threads"_a,
+        unlocked);
+}

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The noisy mean of a stretch of elements, in float64, and its one rounding to a narrower type.
+#pragma once
+
+#include "normals.h"
+
+// What the compiler cannot know of a loop: that no turn of it reads what another one writes.
+#if defined(__clang__)
+#define WAVEDP_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define WAVEDP_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define WAVEDP_INDEPENDENT
+#endif
+
+namespace wavedp::WAVEDP_ISA {
+namespace {
+
+// To the nearest integer, ties to even: float64 has no fractions from 2^52 on.
+inline double nearest_integer(double x) {
+  const double magnitude = std::fabs(x), rounded = (magnitude + 0x1p52) - 0x1p52;
+  return magnitude < 0x1p52 ? std::copysign(rounded, x) : x;
+}
+
+// With an odd last bit where it is inexact, so that rounding it once more is as rounding `x` once (Boldo and
+// Melquiond, 2008).
+inline float rounded_to_odd(double x) {
+  const float nearest = static_cast<float>(x);
+  const uint32_t bits = bits_as<uint32_t>(nearest);
+  const double back = nearest;
+  const uint32_t toward_zero = std::fabs(back) > std::fabs(x) ? bits - 1 : bits;
+  return bits_as<float>(back < x || back > x ? toward_zero | 1u : bits);
+}
+
+struct MeanRule {
+  double std, grid, per_grid, divisor;
+
+  MeanRule(double deviation, double step, double denominator)
+      : std(deviation), grid(step), per_grid(step > 0 ? 1 / step : 0), divisor(denominator) {}
+};
+
+// Every way to make a mean: with or without a total, noise and a grid.
+template <bool kTotal, bool kNoise, bool kGrid, class Total, class Normal, class Out, class Narrow>
+inline void mean_loop(const MeanRule& rule, const Total* total, const Normal* normals, int64_t count,
+                      Out* out, const Narrow& narrow) {
+  const double std = rule.std, grid = rule.grid, per_grid = rule.per_grid, divisor = rule.divisor;
+  WAVEDP_INDEPENDENT  // `out` may be `total`
+      for (int64_t i = 0; i < count; ++i) {
+    double x = kTotal ? double(total[i]) : 0.0;
+    if constexpr (kNoise) x += std * double(normals[i]);
+    if constexpr (kGrid) x = nearest_integer(x * per_grid) * grid;
+    out[i] = narrow(x / divisor);
+  }
+}
+
+template <class Total, class Normal, class Out, class Narrow>
+inline void mean_of(const MeanRule& rule, const Total* total, const Normal* normals, int64_t count, Out* out,
+                    const Narrow& narrow) {
+  const bool noise = rule.std > 0, grid = noise && rule.grid > 0;
+  if (!total) {
+    if (!noise) return mean_loop<false, false, false>(rule, total, normals, count, out, narrow);
+    if (!grid) return mean_loop<false, true, false>(rule, total, normals, count, out, narrow);
+    return mean_loop<false, true, true>(rule, total, normals, count, out, narrow);
+  }
+  if (!noise) return mean_loop<true, false, false>(rule, total, normals, count, out, narrow);
+  if (!grid) return mean_loop<true, true, false>(rule, total, normals, count, out, narrow);
+  return mean_loop<true, true, true>(rule, total, normals, count, out, narrow);
+}
+
+}  // namespace
+}  // namespace wavedp::WAVEDP_ISA

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// ChaCha20 noise on raw pointers. The definition is wavedp/reference/noise.py.
+//
+// Normal number i of a stream is made from block 16 (i / 160) + i % 16: the words 3p, 3p + 1, 3p + 2 of its
+// first fifteen, for k = i % 160 / 16 and p = k / 2, are the upper and the lower half of a radius and an
+// angle; the cosine is taken where k is even, the sine where it is odd. So sixteen blocks make 160 numbers,
+// each row of sixteen of them from one triple of words, and a number does not depend on how calls, threads or
+// vectors part the range. All sizes are in elements, not bytes.
+#pragma once
+
+#include "wavelet.h"
+
+namespace wavedp {
+
+constexpr int kBlockWords = 16;
+constexpr int kGroupBlocks = 16;
+constexpr int kBlockNormals = 10;
+constexpr int kGroupNormals = kGroupBlocks * kBlockNormals;
+
+// The domain of the noise: the upper byte of the last word of the nonce. Others are left to other uses of a
+// key.
+constexpr uint32_t kNoiseDomain = 1;
+
+// What the blocks of a stream have in common. `key` is read, and never kept: its owner wipes it.
+struct NoiseStream {
+  const unsigned char* key;  // 32 bytes
+  uint32_t step;
+  uint64_t offset;  // of the first number
+};
+
+// Words of the raw stream from the beginning of block `counter`. With three words of nonce, as in RFC 8439,
+// the counter has 32 bits, with two 64.
+struct ChachaWords {
+  const unsigned char* key;
+  uint64_t counter;
+  uint32_t nonce[3];
+  int nonce_words, rounds;
+  uint32_t* words;
+  int64_t count;
+};
+
+// out = round(total + std * normal) / divisor, rounded once to the type of `out`; the sum is taken in
+// float64, and rounded to multiples of `grid`, to nearest even, unless that is 0. Without `total` it is std *
+// normal, and with std = 0 there is neither noise nor grid. Normals are those of float32, or of float64 where
+// `wide`.
+struct NoisyMean {
+  NoiseStream stream;
+  const void* total;  // null, or contiguous, of kFloat32 or kFloat64
+  DType total_dtype;
+  void* out;
+  DType out_dtype;
+  bool wide;
+  double std, grid, divisor;
+  int64_t count;
+};
+
+void chacha20_words_cpu(const ChachaWords& job, int threads);
+void noisy_mean_cpu(const NoisyMean& job, int threads);
+
+}  // namespace wavedp

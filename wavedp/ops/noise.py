@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which module makes the noise. Its functions are no ops of PyTorch: a traced graph would keep the key."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wavedp.ops.backend import implementation, requested_backend
+from wavedp.ops.out import written
+from wavedp.reference import noise as reference
+
+
+def noise_module(device: torch.device) -> ModuleType:
+    """The C++ library for CPU tensors; the definition on other devices, and for backends that have no noise."""
+    native = device.type == "cpu" and requested_backend() in ("auto", "native")
+    return implementation("noise", device) if native else reference
+
+
+def chacha20_words(key: Tensor, counter: int, nonce: tuple[int, ...], rounds: int, out: Tensor) -> None:
+    noise_module(out.device).chacha20_words_forward(key, counter, nonce, rounds, out)
+
+
+@torch.no_grad()
+def noisy_mean(
+    total: Tensor | None,  # [*] float32 or float64
+    std: float,
+    grid: float,
+    divisor: float,
+    key: Tensor,  # [32] uint8, on the CPU
+    step: int,
+    offset: int,
+    wide: bool,
+    out: Tensor,  # [*]
+) -> None:
+    """The checked arguments of :func:`wavedp.noise.noisy_mean`, for tensors of any strides."""
+    arguments: tuple[Any, ...] = (std, grid, divisor, key, step, offset, wide)
+    module = noise_module(out.device)
+    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    module.noisy_mean_forward(None if total is None else total.contiguous(), *arguments, target)
+    if target is out:
+        written([out])
+    else:
+        out.copy_(target)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Noise by the C++ library: tensors to addresses. ``csrc/noise.h`` says what it expects."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from wavedp.ops.wavelet_native import DTYPE_CODES, call
+
+
+def chacha20_words_forward(key: Tensor, counter: int, nonce: Sequence[int], rounds: int, out: Tensor) -> None:
+    """:func:`wavedp.reference.noise.chacha20_words_forward` by the C++ library."""
+    address = key.data_ptr()
+    call("chacha20_words", out.device, address, counter, list(nonce), rounds, out.data_ptr(), out.numel())
+
+
+def noisy_mean_forward(
+    total: Tensor | None,  # contiguous [*]
+    std: float,
+    grid: float,
+    divisor: float,
+    key: Tensor,  # [32] uint8
+    step: int,
+    offset: int,
+    wide: bool,
+    out: Tensor,  # contiguous [*]
+) -> None:
+    """:func:`wavedp.reference.noise.noisy_mean_forward` by the C++ library. Normals of float32 are within 5 units in
+    the last place of the definition, and have the same bits on every instruction set."""
+    source = (0, 0) if total is None else (total.data_ptr(), DTYPE_CODES[total.dtype])
+    target = out.data_ptr(), DTYPE_CODES[out.dtype]
+    stream = key.data_ptr(), step, offset
+    call("noisy_mean", out.device, *stream, *source, *target, wide, std, grid, divisor, out.numel())

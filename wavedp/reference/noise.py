@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Definition of the noise: ChaCha20 (RFC 8439), which of its words make which number, and the noisy mean.
+
+Word 12 and 13 of a block's state are its number, low half first, word 14 is the step, and word 15 the domain of use
+in its upper byte: 1 for noise. Number ``i`` of a stream is made from block ``16 (i // 160) + i % 16``: with
+``k = i % 160 // 16`` and ``p = k // 2``, words ``3 p``, ``3 p + 1`` and ``3 p + 2`` of the block are the upper and the
+lower half of the radius and the angle, and the number is the cosine's for even k, the sine's for odd k. Neither calls
+nor threads nor devices that share a range between them change a number.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+WORDS = 16  # of a block
+GROUP_BLOCKS, BLOCK_NORMALS = 16, 10
+GROUP_NORMALS = GROUP_BLOCKS * BLOCK_NORMALS
+NOISE_DOMAIN = 1
+
+_CONSTANTS = tuple(int.from_bytes(b"expand 32-byte k"[k : k + 4], "little") for k in range(0, 16, 4))
+_MASK = 0xFFFFFFFF
+_MOST_BLOCKS = 1 << 14  # at a time: 16 words of 8 bytes each, and as much again to compute with
+# Quarter rounds of the columns, then of the diagonals (RFC 8439, section 2.3).
+_ROUNDS = (
+    *((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15)),
+    *((0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14)),
+)
+
+
+def _rotated(x: Tensor, bits: int) -> Tensor:
+    return ((x << bits) | (x >> (32 - bits))) & _MASK
+
+
+def _blocks(
+    key: Tensor,  # [32] uint8
+    counter: int,  # of the first block
+    nonce: Sequence[int],  # 3 words, or 2 where the counter has 64 bits
+    rounds: int,
+    count: int,
+    device: torch.device,
+) -> Tensor:  # [16, count] int64, words by their place in a block
+    halves = key.to(device, torch.int64).view(8, 4)
+    shifts = torch.tensor([0, 8, 16, 24], device=device)
+    number = torch.arange(count, dtype=torch.int64, device=device)
+    low = (counter & _MASK) + number
+    initial = [torch.full_like(number, word) for word in _CONSTANTS]
+    initial += [word.expand(count) for word in (halves << shifts).sum(1)]
+    initial.append(low & _MASK)
+    if len(nonce) == 2:
+        initial.append(((counter >> 32) + (low >> 32)) & _MASK)
+    initial += [torch.full_like(number, word) for word in nonce]
+    x = list(initial)
+    for _ in range(rounds // 2):
+        for a, b, c, d in _ROUNDS:
+            for into, other, target, bits in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
+                x[into] = (x[into] + x[other]) & _MASK
+                x[target] = _rotated(x[target] ^ x[into], bits)
+    return torch.stack([(word + start) & _MASK for word, start in zip(x, initial)])
+
+
+def chacha20_words_forward(
+    key: Tensor,  # [32] uint8
+    counter: int,
+    nonce: Sequence[int],
+    rounds: int,
+    out: Tensor,  # [count] uint32
+) -> None:
+    """The raw stream from the beginning of block ``counter``."""
+    for first in range(0, -(-out.numel() // WORDS), _MOST_BLOCKS):
+        count = min(_MOST_BLOCKS, -(-out.numel() // WORDS) - first)
+        words = _blocks(key, counter + first, nonce, rounds, count, out.device).T.flatten()
+        part = out[first * WORDS : (first + count) * WORDS]
+        part.copy_(words[: part.numel()].to(torch.uint32))
+
+
+def normals_from_words(
+    high: Tensor,  # int64, of 32 bits: upper half of the radius
+    low: Tensor,  # its lower half
+    angle: Tensor,
+) -> tuple[Tensor, Tensor]:  # float64
+    """Two independent standard normals from three uniform words (Box and Muller, 1958).
+
+    ``u = (2^32 high + low + 1/2) 2^-64`` lies in ``[2^-65, 1)``; ``r = sqrt(-2 ln u)``; the result is
+    ``r cos(theta), r sin(theta)`` with ``theta = 2 pi (angle + 1/2) 2^-32``. Above 1/2, ``u`` is told by ``1 - u``.
+    """
+    upper_half = high >= 1 << 31
+    high, low = (torch.where(upper_half, word ^ _MASK, word) for word in (high, low))
+    w = high.double() * 2.0**-32 + (low.double() + 0.5) * 2.0**-64
+    radius = torch.sqrt(-2.0 * torch.where(upper_half, torch.log1p(-w), torch.log(w)))
+    theta = (angle.double() + 0.5) * (2.0 * math.pi * 2.0**-32)
+    return radius * torch.cos(theta), radius * torch.sin(theta)
+
+
+def _normals(key: Tensor, step: int, first: int, groups: int, device: torch.device) -> Tensor:
+    """Numbers of ``groups`` whole groups from group ``first`` on, float64."""
+    nonce = (step, NOISE_DOMAIN << 24)
+    words = _blocks(key, first * GROUP_BLOCKS, nonce, 20, groups * GROUP_BLOCKS, device)
+    high, low, angle = words[: 3 * BLOCK_NORMALS // 2].view(BLOCK_NORMALS // 2, 3, -1).unbind(1)
+    pairs = torch.stack(normals_from_words(high, low, angle), dim=1)  # [5, 2, 16 groups]
+    return pairs.view(BLOCK_NORMALS, groups, GROUP_BLOCKS).transpose(0, 1).flatten()
+
+
+def _rounded_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 to a type of 16 bits without rounding to float32 on the way: to float32 with an odd last bit where that
+    is inexact, then on (Boldo and Melquiond, 2008)."""
+    if dtype in (torch.float32, torch.float64):
+        return x.to(dtype)
+    nearest = x.float()
+    bits = nearest.view(torch.int32)
+    toward_zero = torch.where(nearest.double().abs() > x.abs(), bits - 1, bits)
+    inexact = (nearest.double() != x) & ~x.isnan()
+    return torch.where(inexact, toward_zero | 1, bits).view(torch.float32).to(dtype)
+
+
+def noisy_mean_forward(
+    total: Tensor | None,  # contiguous [*] float32 or float64; None: zero
+    std: float,
+    grid: float,  # a power of two; 0: no rounding
+    divisor: float,
+    key: Tensor,  # [32] uint8
+    step: int,
+    offset: int,  # of the first element in the stream
+    wide: bool,  # normals of float64, else of float32
+    out: Tensor,  # contiguous [*]
+) -> None:
+    """``round((total + std * normal) / grid) * grid / divisor`` in float64, rounded once to the type of ``out``.
+
+    With ``std`` 0 there is neither noise nor grid.
+    """
+    flat = out.view(-1)
+    totals = None if total is None else total.reshape(-1)
+    size = _MOST_BLOCKS // GROUP_BLOCKS * GROUP_NORMALS
+    for start in range(0, flat.numel(), size):
+        part = flat[start : start + size]
+        x = torch.zeros_like(part, dtype=torch.float64) if totals is None else totals[start : start + size].double()
+        if std > 0.0:
+            first, skipped = divmod(offset + start, GROUP_NORMALS)
+            groups = -(-(skipped + part.numel()) // GROUP_NORMALS)
+            normals = _normals(key, step, first, groups, out.device)[skipped : skipped + part.numel()]
+            x = x + std * (normals if wide else normals.float().double())
+            if grid > 0.0:
+                x = torch.round(x / grid) * grid
+        part.copy_(_rounded_once(x / divisor, out.dtype))
