@@ -325,9 +325,9 @@ def test_closures_scalers_copies_and_more_parameters_are_refused() -> None:
     _model, optimizer, _loader = start()
     with pytest.raises(RuntimeError, match="closure"):
         optimizer.step(lambda: 0.0)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
     with pytest.raises(RuntimeError, match="bfloat16"):
-        scaler = torch.amp.GradScaler("cpu")
-        scaler.scale(torch.zeros(()))
         scaler.step(optimizer)
     for duplicate in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="copied or pickled"):

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from wavedp.privacy.clipping import Clipping, accumulation_dtype
 from wavedp.privacy.per_sample import PerSampleGradient, combined
 
+LARGEST_IN_FLOAT32 = 2.0**20
+"""Factors above this are not multiplied in float32. Clipping factors are 1 at most, times the rows of a mean."""
+
 
 class RecordMap:
     """Which rows of a batch belong to the same record; a record's loss is the mean over its rows.
@@ -81,7 +84,15 @@ class Bookings:
             parameter = parameters[name]
             dtype = accumulation_dtype(parameter.dtype)
             if dtype not in by_dtype:
-                by_dtype[dtype] = dict(clipping.group_factors(norms, dtype))
+                by_dtype[dtype] = _scaled(clipping.group_factors(norms, dtype), scale)
             factors = by_dtype[dtype][clipping.group_of(name)].to(parameter.device)
-            sums[name] = form.weighted_sum(factors * scale).reshape(parameter.shape)
+            sums[name] = form.weighted_sum(factors).reshape(parameter.shape)
         return sums
+
+
+def _scaled(factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Factors times ``scale``; in float64, and the sums with them, where a product with a gradient might overflow."""
+    scaled = {group: one.double() * scale for group, one in factors.items()}
+    if any(bool((one > LARGEST_IN_FLOAT32).any()) for one in scaled.values()):
+        return scaled
+    return {group: one.to(factors[group].dtype) for group, one in scaled.items()}

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from wavedp.functional import noisy_mean
 from wavedp.privacy import accounting
 from wavedp.privacy.batches import BatchTracker, check_sampler
 from wavedp.privacy.bookings import Bookings
@@ -23,7 +24,6 @@ from wavedp.privacy.contents import ContentsWatch
 from wavedp.privacy.coverage import check_groups, trainable_parameters
 from wavedp.privacy.entropy import Entropy
 from wavedp.privacy.ledger import LedgerError, PrivacyLedger
-from wavedp.privacy.noise import gaussian_noise, grid_step, round_to_grid
 from wavedp.privacy.sampling import PoissonSampler
 from wavedp.privacy.spec import PrivacySpec
 from wavedp.privacy.validation import check_integer
@@ -402,8 +402,21 @@ class PrivateOptimizer:
     def _release(self) -> None:
         std = self._clipping.sum_noise_multiplier(self._spec.noise_multiplier) * self._clipping.sensitivity()
         try:
-            for name, parameter in self._book.parameters.items():
-                parameter.grad = self._noisy_mean(parameter, self._sums.pop(name, None), std)
+            offset = 0
+            with self._entropy.key() as key:
+                for name, parameter in self._book.parameters.items():
+                    total = self._sums.pop(name, None)
+                    if total is None:
+                        total = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
+                    parameter.grad = noisy_mean(
+                        total,
+                        std,
+                        divisor=self._spec.expected_batch_size,
+                        key=key,
+                        offset=offset,
+                        out_dtype=parameter.dtype,
+                    )
+                    offset += total.numel()
             self._releasing = True
             self._optimizer.step()
         finally:
@@ -411,17 +424,6 @@ class PrivateOptimizer:
             for parameter in self._book.parameters.values():
                 parameter.grad = None
             self._contents.released(self._book.parameters)
-
-    def _noisy_mean(self, parameter: nn.Parameter, total: Tensor | None, std: float) -> Tensor:
-        if total is None:
-            total = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
-        noisy = total.double()
-        if std > 0.0:
-            noise = gaussian_noise(
-                parameter.shape, std, dtype=torch.float64, device=parameter.device, entropy=self._entropy
-            )
-            noisy = round_to_grid(noisy + noise, grid_step(std))
-        return (noisy / self._spec.expected_batch_size).to(parameter.dtype)
 
     def _check_model(self) -> None:
         now = trainable_parameters(self._book.model)

@@ -28,10 +28,12 @@ class Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.seen, ctx.place = seen, place
-        if any(stride == 0 and size > 1 for stride, size in zip(output.stride(), output.shape)):
-            return output.view_as(output)  # an expanded tensor cannot be changed in place anyhow
-        # Marked as changed in place: the result is then no view, and an in-place activation may follow.
-        ctx.mark_dirty(output)
+        if output._is_view():
+            # Another tensor of the same memory, which autograd does not take for a view: an in-place activation may
+            # follow, and the operation behind a view has not kept its result.
+            unaliased: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+            return unaliased
+        ctx.mark_dirty(output)  # the result is then no view, and an in-place activation may follow
         return output
 
     @staticmethod
