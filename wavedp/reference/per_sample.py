@@ -187,7 +187,7 @@ def scaled_weight_grad(
         a, g, factors = a[kept], g[kept], factors[kept]
     wide = arithmetic_dtype(a.dtype, g.dtype)
     T, d, p = a.shape[1], a.shape[2], g.shape[2]
-    blocks = []
+    blocks: list[Tensor] = []
     records = max(1, min(MAX_RECORDS_IN_FLOAT32, MAX_ROWS_IN_FLOAT32 // max(1, T)))
     for g_part, a_part, weights in zip(g.split(records), a.split(records), factors.split(records)):
         narrow = a_part if d < p else g_part  # the one that is copied
