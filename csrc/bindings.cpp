@@ -63,7 +63,8 @@ void set_isa(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_csrc, m, py::mod_gil_not_used()) {
-  m.doc() = "The 2-D Haar transform and the norms of gradients on CPU memory; see csrc/wavelet.h and per_sample.h.";
+  m.doc() =
+      "The 2-D Haar transform and the norms of gradients on CPU memory; see csrc/wavelet.h and per_sample.h.";
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("wavedec2", &wavedec2, "x_ptr"_a, "dtype"_a, "gain"_a, "bias"_a, "planes"_a, "bands"_a,
         "band_dtype"_a, "edge"_a, "levels"_a, "factor"_a, "threads"_a, unlocked);
