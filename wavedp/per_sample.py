@@ -197,8 +197,8 @@ def _checked_bound(op: str, max_grad_norm: Any) -> float:
     return bound
 
 
-def _squared_norms(op: str, grad_samples: Sequence[Tensor]) -> Tensor:
-    if isinstance(grad_samples, Tensor) or not isinstance(grad_samples, Sequence):
+def _squared_norms(op: str, grad_samples: Any) -> Tensor:
+    if not isinstance(grad_samples, (list, tuple)):
         raise TypeError(f"{op} takes a list of tensors [B, *parameter_shape], not {described(grad_samples)}")
     if not grad_samples:
         raise ValueError(f"grad_samples of {op} is empty: give one tensor [B, *parameter_shape] per parameter")

@@ -59,6 +59,9 @@ void linear_norms_cpu(const LinearNorms& job, int threads) {
       static_cast<double>(size(job.a) + size(job.g)) + multiplications(job) / 16 * static_cast<double>(batch);
   divide(batch * slice_count(job), static_cast<int64_t>(std::min(samples, 1e18)), threads, work);
   add_up(parts, batch, each, job.squared);
+  for (int64_t record = 0; record < batch; ++record) {
+    if (job.squared[record] < 0) job.squared[record] = 0;  // terms cancelled; NaN stays
+  }
 }
 
 void norm_grads_cpu(const NormGrads& job, int threads) {

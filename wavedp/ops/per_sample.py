@@ -11,15 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavedp.ops.backend import implementation
+from wavedp.ops.backend import implementation, requested_backend
 from wavedp.ops.wavelet import define_op
+from wavedp.reference import per_sample as reference
 from wavedp.reference.per_sample import arithmetic_dtype as arithmetic_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _module(x: Tensor) -> ModuleType:
-    return implementation("per_sample", x.device)
+    module = implementation("per_sample", x.device)
+    if x.device.type == "cuda" and module.__name__.endswith("_native"):
+        # The compiled library for these ops is that of the CPU.
+        if requested_backend() == "cuda":
+            raise RuntimeError(
+                "backend 'cuda' has no kernels for the norms of records: ask for 'triton' or 'reference'"
+            )
+        return reference
+    return module
 
 
 def check_float(op: str, name: str, x: Tensor) -> None:

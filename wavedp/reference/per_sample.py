@@ -96,14 +96,17 @@ def embedding_norms(
 ) -> Tensor:  # [B] float64
     """Squared norms of the gradients of ``y = W[ids]``: rows of one id add up before they are squared."""
     B, T = ids.shape
-    kept = (ids != padding_idx).reshape(-1)
-    record = torch.arange(B, device=ids.device)[:, None].expand(B, T).reshape(-1)[kept]
+    kept = (ids != padding_idx).flatten()
+    record = torch.arange(B, device=ids.device)[:, None].expand(B, T).flatten()[kept]
+    rows = ids.flatten()[kept]
+    if rows.numel() == 0:
+        return g.new_zeros(B, dtype=torch.float64)
     # One segment for each (record, row) pair that occurs.
-    pairs = torch.stack([record, ids.reshape(-1)[kept]])
-    pairs, segment = torch.unique(pairs, dim=1, return_inverse=True)
-    rows = torch.zeros((pairs.shape[1], g.shape[2]), dtype=torch.float64, device=g.device)
-    rows.index_add_(0, segment, g.reshape(-1, g.shape[2])[kept].double())
-    return rows.new_zeros(B).index_add_(0, pairs[0], rows.square().sum(1))
+    first, count = rows.min(), rows.max() - rows.min() + 1
+    pairs, segment = torch.unique(record * count + (rows - first), return_inverse=True)
+    sums = torch.zeros((pairs.numel(), g.shape[2]), dtype=torch.float64, device=g.device)
+    sums.index_add_(0, segment, g.flatten(0, 1)[kept].double())
+    return sums.new_zeros(B).index_add_(0, pairs // count, sums.square().sum(1))
 
 
 def embedding_weight_grad(
@@ -115,10 +118,10 @@ def embedding_weight_grad(
 ) -> Tensor:  # [num_embeddings, d] float32, float64 for float64
     """``sum_b factors_b dW_b`` of ``y = W[ids]``, without the records whose factor is 0."""
     wide = arithmetic_dtype(g.dtype)
-    kept = ((ids != padding_idx) & (factors != 0)[:, None]).reshape(-1)
-    scales = factors.double()[:, None].expand(ids.shape).reshape(-1)[kept]
-    rows = g.reshape(-1, g.shape[2])[kept].double() * scales[:, None]
-    total = rows.new_zeros((num_embeddings, g.shape[2])).index_add_(0, ids.reshape(-1)[kept], rows)
+    kept = ((ids != padding_idx) & (factors != 0)[:, None]).flatten()
+    scales = factors.double()[:, None].expand(ids.shape).flatten()[kept]
+    rows = g.flatten(0, 1)[kept].double() * scales[:, None]
+    total = rows.new_zeros((num_embeddings, g.shape[2])).index_add_(0, ids.flatten()[kept], rows)
     return total.to(wide)
 
 
@@ -184,7 +187,7 @@ def scaled_weight_grad(
         a, g, factors = a[kept], g[kept], factors[kept]
     wide = arithmetic_dtype(a.dtype, g.dtype)
     T, d, p = a.shape[1], a.shape[2], g.shape[2]
-    blocks = []
+    blocks: list[Tensor] = []
     records = max(1, min(MAX_RECORDS_IN_FLOAT32, MAX_ROWS_IN_FLOAT32 // max(1, T)))
     for g_part, a_part, weights in zip(g.split(records), a.split(records), factors.split(records)):
         narrow = a_part if d < p else g_part  # the one that is copied
