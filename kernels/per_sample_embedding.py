@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from wavedp.kernels.haar import on_device, wide_dtype
-from wavedp.kernels.per_sample_tiles import operand
+from wavedp.kernels.per_sample_tiles import cdiv, operand, sum_of
 
 CHUNK = tl.constexpr(64)
 """Places of the sorted tokens that one program adds up at most, so that a frequent id is shared among many."""
@@ -27,7 +27,7 @@ def _run_end(ids_ptr, token, place, end):
         if found == k:  # all of the blocks before were of the run
             i = k + tl.arange(0, SEARCH).to(tl.int64)
             same = (tl.load(ids_ptr + i, mask=i < end, other=0) == token) & (i < end)
-            found += tl.sum(same.to(tl.int64), 0)
+            found += sum_of(same.to(tl.int64), 0)
     return found
 
 
@@ -41,7 +41,7 @@ def _add_tokens(g_ptr, factors_ptr, order, kept, T, stride_b, stride_t, stride_f
         scale = tl.load(factors_ptr + records * stride_f, mask=kept, other=0.0).to(tl.float64)
     offsets = (records * stride_b + tokens * stride_t)[:, None] + cols[None, :]
     g = tl.load(g_ptr + offsets, mask=(scale != 0.0)[:, None] & (cols < d)[None, :], other=0.0)
-    return tl.sum(g.to(tl.float64) * scale[:, None], 0)
+    return sum_of(g.to(tl.float64) * scale[:, None], 0)
 
 
 @triton.jit(do_not_specialize=["T", "padding_idx"])
@@ -68,14 +68,14 @@ def _embedding_norms_kernel(
     if (token != padding_idx) & ((place == 0) | (before != token)):
         end = _run_end(ids_ptr, token, place, tl.full((), 0, tl.int64) + T)
         for first in range(0, d, BLOCK):
-            total = tl.zeros((BLOCK,), tl.float64)
+            total = tl.full((BLOCK,), 0, tl.float64)
             for k in range(place, end, ROWS):
                 i = k + tl.arange(0, ROWS).to(tl.int64)
                 order = tl.load(order_ptr + i, mask=i < end, other=0)
                 total += _add_tokens(
                     g_ptr + record * stride_b, None, order, i < end, T, stride_b, stride_t, 0, first, d, BLOCK
                 )
-            squared += tl.sum(total * total, 0)
+            squared += sum_of(total * total, 0)
     tl.store(parts_ptr + pid, squared)
 
 
@@ -130,7 +130,7 @@ def _embedding_weight_grad_kernel(
         end = _run_end(ids_ptr, token, place, last)
         goes_on = (end == last) & (tl.load(ids_ptr + last, mask=last < N, other=-1) == token)
         for first in range(0, d, BLOCK):
-            total = tl.zeros((BLOCK,), tl.float64)
+            total = tl.full((BLOCK,), 0, tl.float64)
             for k in range(place, end, ROWS):
                 i = k + tl.arange(0, ROWS).to(tl.int64)
                 order = tl.load(order_ptr + i, mask=i < end, other=0)
@@ -157,7 +157,7 @@ def _embedding_join_kernel(
 ):
     """A program for each chunk finishes the run that starts in it and goes on in the next, if there is one."""
     chunk = tl.program_id(0).to(tl.int64)
-    chunks = tl.cdiv(N, CHUNK)
+    chunks = cdiv(N, CHUNK)
     next_place = (chunk + 1) * CHUNK
     token = tl.load(ids_ptr + (next_place - 1), mask=next_place < N, other=-1)
     goes_on = tl.load(ids_ptr + next_place, mask=next_place < N, other=-2) == token

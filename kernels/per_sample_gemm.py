@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from wavedp.kernels.haar import on_device, wide_dtype
-from wavedp.kernels.per_sample_tiles import dot, exponent, load_rows, operand, power_of_two
+from wavedp.kernels.per_sample_tiles import cdiv, dot, exponent, load_rows, operand, power_of_two
 
 MAX_RECORDS = 64
 MAX_ROWS = 8192
@@ -53,7 +53,7 @@ def _add_record(
     BLOCK_K: tl.constexpr,
 ):
     """``total`` plus ``factor g^T a`` of the tokens ``first`` to ``end`` of one record."""
-    product = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    product = tl.full((BLOCK_P, BLOCK_D), 0, tl.float32)
     rest = factor
     e = exponent(tl.abs(factor), tl.float32)
     if SCALED:
@@ -71,7 +71,7 @@ def _add_record(
 @triton.jit
 def _place(tile, p, d, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     """First row and column of a tile of the result. Eight tiles down before one to the right, for the cache."""
-    tiles_p, tiles_d = tl.cdiv(p, BLOCK_P), tl.cdiv(d, BLOCK_D)
+    tiles_p, tiles_d = cdiv(p, BLOCK_P), cdiv(d, BLOCK_D)
     group = tile // (8 * tiles_d)
     height = tl.minimum(tiles_p - group * 8, 8)
     within = tile % (8 * tiles_d)
@@ -106,15 +106,15 @@ def _scaled_records_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tiles = tl.cdiv(p, BLOCK_P) * tl.cdiv(d, BLOCK_D)
+    tiles = cdiv(p, BLOCK_P) * cdiv(d, BLOCK_D)
     pid = tl.program_id(0)
     row, col = _place(pid % tiles, p, d, BLOCK_P, BLOCK_D)
     split = pid // tiles
-    of_record = tl.cdiv(T, rows)
+    of_record = cdiv(T, rows)
     first = split % of_record * rows
     end = tl.minimum(first + rows, T)
     record = split // of_record * records
-    total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    total = tl.full((BLOCK_P, BLOCK_D), 0, tl.float32)
     for i in range(record, tl.minimum(record + records, B)):
         b = tl.full((), 0, tl.int64) + i
         factor = tl.load(factors_ptr + b * stride_f)
@@ -154,19 +154,19 @@ def _scaled_rows_kernel(
     BLOCK_K: tl.constexpr,
 ):
     WIDE: tl.constexpr = tl.float64 if g_ptr.dtype.element_ty == tl.float64 else tl.float32
-    tiles = tl.cdiv(p, BLOCK_P) * tl.cdiv(d, BLOCK_D)
+    tiles = cdiv(p, BLOCK_P) * cdiv(d, BLOCK_D)
     pid = tl.program_id(0)
     row, col = _place(pid % tiles, p, d, BLOCK_P, BLOCK_D)
     ps, ds = (row + tl.arange(0, BLOCK_P)).to(tl.int64), (col + tl.arange(0, BLOCK_D)).to(tl.int64)
     split = pid // tiles
-    share = tl.cdiv(tl.cdiv(B, records), splits) * records
+    share = cdiv(cdiv(B, records), splits) * records
     last = tl.minimum((split + 1) * share, B)
-    total = tl.zeros((BLOCK_P, BLOCK_D), tl.float64)
+    total = tl.full((BLOCK_P, BLOCK_D), 0, tl.float64)
     for record in range(split * share, last, records):
         of_block = tl.minimum(last - record, records) * T
         for first in range(0, of_block, rows):
             end = tl.minimum(first + rows, of_block)
-            part = tl.zeros((BLOCK_P, BLOCK_D), WIDE)
+            part = tl.full((BLOCK_P, BLOCK_D), 0, WIDE)
             for k in range(first, end, BLOCK_K):
                 i = k + tl.arange(0, BLOCK_K)
                 b = (i // T).to(tl.int64)
@@ -191,8 +191,8 @@ def _add_splits_kernel(
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
-    for split in range(0, splits):
+    total = tl.full((BLOCK,), 0, tl.float64)
+    for split in range(splits):
         offsets = tl.full((), 1, tl.int64) * split * size + i
         total += tl.load(sums_ptr + offsets, mask=i < size, other=0.0).to(tl.float64)
     tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < size)
@@ -221,7 +221,7 @@ def tiling_of(dtype: torch.dtype, B: int, T: int, p: int, d: int, device: torch.
     on a device."""
     by_records = dtype.itemsize == 2 and T >= FEW_TOKENS
     if by_records:
-        largest, depth, num_stages = 128, min(triton.next_power_of_2(T), 64), 3
+        largest, depth, num_stages = 128, min(triton.next_power_of_2(T), 32), 3
     else:
         largest, depth, num_stages = (32 if dtype == torch.float64 else 64), 16, 2
     tile_p, tile_d = (min(max(triton.next_power_of_2(size), 16), largest) for size in (p, d))

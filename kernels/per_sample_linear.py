@@ -7,7 +7,7 @@ which also stays in registers. A program writes one float64 number, and one prog
 so that results repeat, and nothing of ``T x T`` or ``d x p`` in memory.
 
 Operands are read as they are, so that half precision goes from memory to the tensor cores. Only then is it seen whether
-float32 had the range for it: with ``u`` the smallest normal number, what underflow can have taken from a squared norm is
+float32 had the range for it: with ``u`` its smallest normal number, underflow takes from a squared norm at most
 
     u (d (sum_t |g_t|)^2 + p (sum_t |a_t|)^2 + (d p u + 1) T^2 + d p),
 
@@ -24,7 +24,17 @@ import torch
 import triton
 import triton.language as tl
 from wavedp.kernels.haar import on_device, wide_dtype
-from wavedp.kernels.per_sample_tiles import dot, exponent, load_rows, operand, power_of_two
+from wavedp.kernels.per_sample_tiles import (
+    cdiv,
+    dot,
+    exponent,
+    load_rows,
+    max_of,
+    min_of,
+    operand,
+    power_of_two,
+    sum_of,
+)
 
 NEGLIGIBLE = tl.constexpr(2.0**-24)
 """Of the squared bound: below a unit in the last place of float32, and a 16th of what callers add for rounding."""
@@ -34,7 +44,7 @@ NO_TOKEN = tl.constexpr(-100000)
 @triton.jit
 def _gram(x_ptr, rows, others, stride_t, T, width, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
     """``X_rows X_others^T``."""
-    gram = tl.zeros((BLOCK_T, BLOCK_T), WIDE)
+    gram = tl.full((BLOCK_T, BLOCK_T), 0, WIDE)
     for k in range(0, width, BLOCK_K):
         x = load_rows(x_ptr, rows, rows < T, stride_t, k, width, BLOCK_K)
         y = load_rows(x_ptr, others, others < T, stride_t, k, width, BLOCK_K)
@@ -55,29 +65,41 @@ def _own_gram(
     BLOCK_K: tl.constexpr,
 ):
     """``X_rows X_rows^T``, and the sum of the rows."""
-    gram = tl.zeros((BLOCK_T, BLOCK_T), WIDE)
+    gram = tl.full((BLOCK_T, BLOCK_T), 0, WIDE)
     for k in range(0, width, BLOCK_K):
         x = load_rows(x_ptr, rows, rows < T, stride_t, k, width, BLOCK_K)
         gram = dot(x, tl.trans(x), gram, WIDE)
         if sums_ptr is not None:
             cols = k + tl.arange(0, BLOCK_K)
-            tl.store(sums_ptr + cols.to(tl.int64), tl.sum(x.to(WIDE), 0), mask=cols < width)
+            tl.store(sums_ptr + cols.to(tl.int64), sum_of(x.to(WIDE), 0), mask=cols < width)
     return gram
+
+
+@triton.jit
+def _total(x):
+    """Sum ``[1, 1]`` of a tile, which keeps its axes: Triton 3.7 fails for sm_100 to sum what a product was reduced
+    to along one axis only."""
+    return sum_of(sum_of(x, 1, keep_dims=True).to(tl.float64), 0, keep_dims=True)
+
+
+@triton.jit
+def _store_number(ptr, number):
+    tl.store(ptr + tl.full((1, 1), 0, tl.int64), number)
 
 
 @triton.jit
 def _diagonal(gram, BLOCK_T: tl.constexpr):
     i = tl.arange(0, BLOCK_T)
-    return tl.sum(tl.where(i[:, None] == i[None, :], gram, 0.0), 1)
+    return sum_of(tl.where(i[:, None] == i[None, :], gram, 0.0), 1, keep_dims=True)
 
 
 @triton.jit
 def _store_lengths(lengths_ptr, squared_a, squared_g):
     """``sum |a_t| |g_t|, sum |a_t|, sum |g_t|`` of a block of tokens, for the check of ranges."""
     a, g = tl.sqrt(squared_a.to(tl.float64)), tl.sqrt(squared_g.to(tl.float64))
-    tl.store(lengths_ptr, tl.sum(a * g, 0))
-    tl.store(lengths_ptr + tl.full((), 1, tl.int64), tl.sum(a, 0))
-    tl.store(lengths_ptr + tl.full((), 2, tl.int64), tl.sum(g, 0))
+    _store_number(lengths_ptr, _total(a * g))
+    _store_number(lengths_ptr + tl.full((), 1, tl.int64), _total(a))
+    _store_number(lengths_ptr + tl.full((), 2, tl.int64), _total(g))
 
 
 @triton.jit
@@ -107,7 +129,7 @@ def _gram_norms_kernel(
     BLOCK_K: tl.constexpr,
 ):
     WIDE: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
-    blocks = tl.cdiv(T, BLOCK_T)
+    blocks = cdiv(T, BLOCK_T)
     pairs = blocks * (blocks + 1) // 2
     pid = tl.program_id(0).to(tl.int64)
     record, k = pid // pairs, (pid % pairs).to(tl.int32)
@@ -122,15 +144,15 @@ def _gram_norms_kernel(
             row_sums_ptr = sums_ptr + block * p
         gram_g = _own_gram(g_ptr, row_sums_ptr, rows, stride_gt, T, p, WIDE, BLOCK_T, BLOCK_K)
         _store_lengths(lengths_ptr + block * 3, _diagonal(gram_a, BLOCK_T), _diagonal(gram_g, BLOCK_T))
-        part = tl.sum(tl.sum(gram_a * gram_g, 1).to(tl.float64), 0)
+        part = _total(gram_a * gram_g)
     else:
         i, j = _pair(k - blocks)
         rows = i * BLOCK_T + tl.arange(0, BLOCK_T)
         others = j * BLOCK_T + tl.arange(0, BLOCK_T)
         gram_a = _gram(a_ptr, rows, others, stride_at, T, d, WIDE, BLOCK_T, BLOCK_K)
         gram_g = _gram(g_ptr, rows, others, stride_gt, T, p, WIDE, BLOCK_T, BLOCK_K)
-        part = 2.0 * tl.sum(tl.sum(gram_a * gram_g, 1).to(tl.float64), 0)
-    tl.store(parts_ptr + pid, part)
+        part = 2.0 * _total(gram_a * gram_g)
+    _store_number(parts_ptr + pid, part)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -151,22 +173,22 @@ def _row_lengths_kernel(
 ):
     """What the Gram kernel learns of rows by the way."""
     WIDE: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
-    blocks = tl.cdiv(T, BLOCK_T)
+    blocks = cdiv(T, BLOCK_T)
     pid = tl.program_id(0).to(tl.int64)
     record = pid // blocks
     rows = (pid % blocks).to(tl.int32) * BLOCK_T + tl.arange(0, BLOCK_T)
-    squared_a = tl.zeros((BLOCK_T,), WIDE)
+    squared_a = tl.full((BLOCK_T,), 0, WIDE)
     for k in range(0, d, BLOCK_K):
         a = load_rows(a_ptr + record * stride_ab, rows, rows < T, stride_at, k, d, BLOCK_K).to(WIDE)
-        squared_a += tl.sum(a * a, 1)
-    squared_g = tl.zeros((BLOCK_T,), WIDE)
+        squared_a += sum_of(a * a, 1)
+    squared_g = tl.full((BLOCK_T,), 0, WIDE)
     for k in range(0, p, BLOCK_K):
         g = load_rows(g_ptr + record * stride_gb, rows, rows < T, stride_gt, k, p, BLOCK_K).to(WIDE)
-        squared_g += tl.sum(g * g, 1)
+        squared_g += sum_of(g * g, 1)
         if sums_ptr is not None:
             cols = k + tl.arange(0, BLOCK_K)
-            tl.store(sums_ptr + (pid * p + cols), tl.sum(g, 0), mask=cols < p)
-    _store_lengths(lengths_ptr + pid * 3, squared_a, squared_g)
+            tl.store(sums_ptr + (pid * p + cols), sum_of(g, 0), mask=cols < p)
+    _store_lengths(lengths_ptr + pid * 3, squared_a[:, None], squared_g[:, None])
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -186,29 +208,29 @@ def _product_norms_kernel(
     BLOCK_T: tl.constexpr,
 ):
     WIDE: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
-    tiles_d = tl.cdiv(d, BLOCK_D)
-    tiles = tiles_d * tl.cdiv(p, BLOCK_P)
+    tiles_d = cdiv(d, BLOCK_D)
+    tiles = tiles_d * cdiv(p, BLOCK_P)
     pid = tl.program_id(0).to(tl.int64)
     record, tile = pid // tiles, (pid % tiles).to(tl.int32)
     a_ptr += record * stride_ab
     g_ptr += record * stride_gb
     first_p, first_d = tile // tiles_d * BLOCK_P, tile % tiles_d * BLOCK_D
-    product = tl.zeros((BLOCK_P, BLOCK_D), WIDE)
+    product = tl.full((BLOCK_P, BLOCK_D), 0, WIDE)
     for t in range(0, T, BLOCK_T):
         rows = t + tl.arange(0, BLOCK_T)
         g = load_rows(g_ptr, rows, rows < T, stride_gt, first_p, p, BLOCK_P)
         a = load_rows(a_ptr, rows, rows < T, stride_at, first_d, d, BLOCK_D)
         product = dot(tl.trans(g), a, product, WIDE)
-    tl.store(parts_ptr + pid, tl.sum(tl.sum(product * product, 1).to(tl.float64), 0))
+    _store_number(parts_ptr + pid, _total(product * product))
 
 
 @triton.jit
 def _peaks(x_ptr, rows, stride_t, T, width, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
     """Largest absolute entry of each row; infinite where an entry is NaN."""
-    peaks = tl.zeros((BLOCK_T,), WIDE)
+    peaks = tl.full((BLOCK_T,), 0, WIDE)
     for k in range(0, width, BLOCK_K):
         x = tl.abs(load_rows(x_ptr, rows, rows < T, stride_t, k, width, BLOCK_K).to(WIDE))
-        peaks = tl.maximum(peaks, tl.max(tl.where(x == x, x, float("inf")), 1))
+        peaks = tl.maximum(peaks, max_of(tl.where(x == x, x, float("inf")), 1))
     return peaks
 
 
@@ -217,7 +239,7 @@ def _scaled_gram(
     x_ptr, rows, others, e, f, stride_t, T, width, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """``_gram`` of the rows divided by ``2^e`` and the others by ``2^f``, which is exact."""
-    gram = tl.zeros((BLOCK_T, BLOCK_T), WIDE)
+    gram = tl.full((BLOCK_T, BLOCK_T), 0, WIDE)
     for k in range(0, width, BLOCK_K):
         x = load_rows(x_ptr, rows, rows < T, stride_t, k, width, BLOCK_K).to(WIDE) * power_of_two(-e, WIDE)[:, None]
         y = load_rows(x_ptr, others, others < T, stride_t, k, width, BLOCK_K).to(WIDE) * power_of_two(-f, WIDE)[:, None]
@@ -243,9 +265,9 @@ def _scaled_norm(
         rows = t + tl.arange(0, BLOCK_T)
         peaks_a = _peaks(a_ptr, rows, stride_at, T, d, WIDE, BLOCK_T, BLOCK_K)
         peaks_g = _peaks(g_ptr, rows, stride_gt, T, p, WIDE, BLOCK_T, BLOCK_K)
-        largest = tl.maximum(largest, tl.max(_shares(peaks_a, peaks_g, WIDE), 0))
+        largest = tl.maximum(largest, max_of(_shares(peaks_a, peaks_g, WIDE), 0))
         finite = (peaks_a < float("inf")) & (peaks_g < float("inf"))
-        is_finite = tl.minimum(is_finite, tl.min(finite.to(tl.int32), 0))
+        is_finite = tl.minimum(is_finite, min_of(finite.to(tl.int32), 0))
     squared = tl.full((), 0.0, tl.float64)
     bound = tl.full((), 0.0, tl.float64)
     if is_finite == 0:
@@ -267,11 +289,11 @@ def _scaled_norm(
                 gram_a = _scaled_gram(a_ptr, rows, others, a, b, stride_at, T, d, WIDE, BLOCK_T, BLOCK_K)
                 gram_g = _scaled_gram(g_ptr, rows, others, g, h, stride_gt, T, p, WIDE, BLOCK_T, BLOCK_K)
                 terms = gram_a * gram_g * share[:, None] * other[None, :]
-                part = tl.sum(tl.sum(terms, 1).to(tl.float64), 0)
+                part = sum_of(terms.to(tl.float64))
                 if s == t:
                     squared += part
                     lengths = tl.sqrt(_diagonal(gram_a, BLOCK_T) * _diagonal(gram_g, BLOCK_T))
-                    bound += tl.sum((lengths * share).to(tl.float64), 0)
+                    bound += sum_of((lengths * share[:, None]).to(tl.float64))
                 else:
                     squared += 2.0 * part
         # In halves, because 2^largest may be no number of float64 itself.
@@ -285,11 +307,11 @@ def _scaled_norm(
 @triton.jit
 def _sum(x_ptr, n, stride, BLOCK: tl.constexpr):
     """Sum of ``n`` numbers of float64."""
-    total = tl.zeros((BLOCK,), tl.float64)
+    total = tl.full((BLOCK,), 0, tl.float64)
     for k in range(0, n, BLOCK):
         i = k + tl.arange(0, BLOCK)
         total += tl.load(x_ptr + i.to(tl.int64) * stride, mask=i < n, other=0.0)
-    return tl.sum(total, 0)
+    return sum_of(total, 0)
 
 
 @triton.jit(do_not_specialize=["T", "parts", "blocks"])
@@ -325,14 +347,23 @@ def _linear_norms_kernel(
     g = _sum(record_lengths + tl.full((), 2, tl.int64), blocks, 3, BLOCK)
 
     one = tl.full((), 1.0, tl.float64)  # sizes may be constants
-    u = one * (2.0**-1022 if WIDE == tl.float64 else 2.0**-126)
+    u = one * (2.0**-1022 if tl.float64 == WIDE else 2.0**-126)
     dp = one * d * p
     lost = u * (one * d * g * g + one * p * a * a + (dp * u + 1.0) * T * T + dp)
     # Comparisons with NaN are false, and with infinity only the last one would be true.
     in_range = (squared < float("inf")) & (bound < float("inf")) & (lost <= bound * bound * NEGLIGIBLE)
     if in_range == 0:
         squared, bound = _scaled_norm(
-            a_ptr + record * stride_ab, g_ptr + record * stride_gb, stride_at, stride_gt, T, d, p, WIDE, BLOCK_T, BLOCK_K
+            a_ptr + record * stride_ab,
+            g_ptr + record * stride_gb,
+            stride_at,
+            stride_gt,
+            T,
+            d,
+            p,
+            WIDE,
+            BLOCK_T,
+            BLOCK_K,
         )
     tl.store(squared_ptr + record, squared)
     tl.store(bound_ptr + record, bound)
@@ -340,8 +371,8 @@ def _linear_norms_kernel(
     if bias_grads_ptr is not None:
         for k in range(0, p, BLOCK):
             cols = k + tl.arange(0, BLOCK)
-            total = tl.zeros((BLOCK,), WIDE)
-            for block in range(0, blocks):
+            total = tl.full((BLOCK,), 0, WIDE)
+            for block in range(blocks):
                 offsets = (record * blocks + block) * p + cols
                 total += tl.load(sums_ptr + offsets, mask=cols < p, other=0.0)
             tl.store(bias_grads_ptr + (record * p + cols), total, mask=cols < p)
@@ -420,7 +451,7 @@ def linear_norms(a: torch.Tensor, g: torch.Tensor, bias: bool) -> tuple[torch.Te
             )  # fmt: skip
         _linear_norms_kernel[(B,)](
             a, g, partial, lengths, None if bias_grads is None else sums, squared, bound, bias_grads, *strides,
-            T, d, p, parts, of_tokens, BLOCK=128, BLOCK_T=16, BLOCK_K=16, num_warps=4, num_stages=1,
+            T, d, p, parts, of_tokens, BLOCK=128, BLOCK_T=16, BLOCK_K=32, num_warps=4, num_stages=1,
         )  # fmt: skip
     if sums is None:
         return squared, bound, g.new_empty((B, 0), dtype=wide)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from wavedp.kernels.haar import on_device, wide_dtype
-from wavedp.kernels.per_sample_tiles import load_rows, operand
+from wavedp.kernels.per_sample_tiles import cdiv, load_rows, operand, sum_of
 
 PROGRAMS = 528
 """Enough to fill a large device four times: what is summed over records or tokens is parted until there are so many."""
@@ -42,47 +42,45 @@ def _norm_grads_kernel(
     WIDE: tl.constexpr = (
         tl.float64 if x_ptr.dtype.element_ty == tl.float64 or g_ptr.dtype.element_ty == tl.float64 else tl.float32
     )
-    blocks = tl.cdiv(d, BLOCK)
+    blocks = cdiv(d, BLOCK)
     pid = tl.program_id(0).to(tl.int64)
     first = (pid % blocks).to(tl.int32) * BLOCK
     record, part = pid // blocks // parts, (pid // blocks % parts).to(tl.int32)
     x_ptr += record * stride_xb
     g_ptr += record * stride_gb
     cols = first + tl.arange(0, BLOCK)
-    weight, bias = tl.zeros((BLOCK,), WIDE), tl.zeros((BLOCK,), WIDE)
+    weight, bias = tl.full((BLOCK,), 0, WIDE), tl.full((BLOCK,), 0, WIDE)
     for t in range(part * ROWS, T, parts * ROWS):
         rows = t + tl.arange(0, ROWS)
         kept = rows < T
         x = load_rows(x_ptr, rows, kept, stride_xt, first, d, BLOCK).to(WIDE)
         g = load_rows(g_ptr, rows, kept, stride_gt, first, d, BLOCK).to(WIDE)
-        mean = tl.zeros((ROWS,), WIDE)
+        mean = tl.full((ROWS,), 0, WIDE)
         if SUBTRACT_MEAN:
             if ONE_BLOCK:
-                mean = tl.sum(x, 1) / d
+                mean = sum_of(x, 1) / d
             else:
                 for k in range(0, d, BLOCK):
-                    mean += tl.sum(load_rows(x_ptr, rows, kept, stride_xt, k, d, BLOCK).to(WIDE), 1)
+                    mean += sum_of(load_rows(x_ptr, rows, kept, stride_xt, k, d, BLOCK).to(WIDE), 1)
                 mean = mean / d
         x = tl.where((cols < d)[None, :], x - mean[:, None], 0.0)
         if ONE_BLOCK:
-            squares = tl.sum(x * x, 1)
+            squares = sum_of(x * x, 1)
         else:
-            squares = tl.zeros((ROWS,), WIDE)
+            squares = tl.full((ROWS,), 0, WIDE)
             for k in range(0, d, BLOCK):
                 y = load_rows(x_ptr, rows, kept, stride_xt, k, d, BLOCK).to(WIDE) - mean[:, None]
-                squares += tl.sum(tl.where((k + tl.arange(0, BLOCK) < d)[None, :], y * y, 0.0), 1)
+                squares += sum_of(tl.where((k + tl.arange(0, BLOCK) < d)[None, :], y * y, 0.0), 1)
         # n(x) = (x - mean) / sqrt(var + eps)
         scale = 1.0 / tl.sqrt(squares / d + eps)
-        weight += tl.sum(tl.where(kept[:, None], g * (x * scale[:, None]), 0.0), 0)
-        bias += tl.sum(g, 0)
+        weight += sum_of(tl.where(kept[:, None], g * (x * scale[:, None]), 0.0), 0)
+        bias += sum_of(g, 0)
     offsets = (record * parts + part) * d + cols
     tl.store(weight_ptr + offsets, weight, mask=cols < d)
     tl.store(bias_ptr + offsets, bias, mask=cols < d)
 
 
-def norm_grads(
-    x: torch.Tensor, g: torch.Tensor, eps: float, subtract_mean: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_grads(x: torch.Tensor, g: torch.Tensor, eps: float, subtract_mean: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """``sum_t g_t n(x_t)`` and ``sum_t g_t`` ``[B, d]`` of LayerNorm, or of RMSNorm without ``subtract_mean``.
 
     Args:
@@ -125,7 +123,7 @@ def _squared_norms_kernel(
     for k in range(part * BLOCK, size, parts * BLOCK):
         i = k + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + (record * stride_b + i), mask=i < size, other=0.0).to(tl.float64)
-        squared += tl.sum(x * x, 0)
+        squared += sum_of(x * x, 0)
     tl.store(parts_ptr + pid, squared)
 
 
@@ -156,17 +154,17 @@ def _weighted_sum_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(size, BLOCK)
+    blocks = cdiv(size, BLOCK)
     pid = tl.program_id(0).to(tl.int64)
     part = pid // blocks
     i = pid % blocks * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
+    total = tl.full((BLOCK,), 0, tl.float64)
     for k in range(part.to(tl.int32) * ROWS, B, parts * ROWS):
         records = (k + tl.arange(0, ROWS)).to(tl.int64)
         factors = tl.load(factors_ptr + records * stride_f, mask=records < B, other=0.0).to(tl.float64)
         offsets = (records * stride_b)[:, None] + i[None, :]
         x = tl.load(x_ptr + offsets, mask=(factors != 0.0)[:, None] & (i < size)[None, :], other=0.0)
-        total += tl.sum(x.to(tl.float64) * factors[:, None], 0)
+        total += sum_of(x.to(tl.float64) * factors[:, None], 0)
     tl.store(parts_ptr + (part * size + i), total.to(parts_ptr.dtype.element_ty), mask=i < size)
 
 

@@ -12,6 +12,30 @@ WIDENED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def cdiv(x, y):
+    return (x + y - 1) // y
+
+
+# tl.sum and its like are kernels themselves, which stay compiled where Triton was imported before the interpreter was
+# asked for; tl.reduce follows the kernel that calls it, and interprets Triton's own combinations at once.
+
+
+@triton.jit
+def sum_of(x, axis: tl.constexpr = None, keep_dims: tl.constexpr = False):
+    return tl.reduce(x, axis, tl.standard._sum_combine, keep_dims=keep_dims)
+
+
+@triton.jit
+def max_of(x, axis: tl.constexpr):
+    return tl.reduce(x, axis, tl.standard._elementwise_max)
+
+
+@triton.jit
+def min_of(x, axis: tl.constexpr):
+    return tl.reduce(x, axis, tl.standard._elementwise_min)
+
+
+@triton.jit
 def load_rows(x_ptr, rows, kept, stride_t, first, width, BLOCK: tl.constexpr):
     """Columns ``first`` to ``first + BLOCK`` of the ``rows`` that are ``kept``, zeros outside."""
     cols = first + tl.arange(0, BLOCK)
@@ -30,7 +54,7 @@ def dot(x, y, total, WIDE: tl.constexpr):
 @triton.jit
 def power_of_two(e, WIDE: tl.constexpr):
     """``2^e``, zero below the normal numbers; ``e`` is at most the largest exponent."""
-    if WIDE == tl.float64:
+    if tl.float64 == WIDE:
         power = ((e.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
         return tl.where(e < -1022, 0.0, power)
     else:
@@ -41,7 +65,7 @@ def power_of_two(e, WIDE: tl.constexpr):
 @triton.jit
 def exponent(x, WIDE: tl.constexpr):
     """Of ``x`` >= 0, kept where ``power_of_two`` of it and of its negative are normal numbers."""
-    if WIDE == tl.float64:
+    if tl.float64 == WIDE:
         e = (x.to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1023
         return tl.minimum(tl.maximum(e, -1022), 1022)
     else:
