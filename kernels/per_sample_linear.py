@@ -24,21 +24,11 @@ import torch
 import triton
 import triton.language as tl
 from wavedp.kernels.haar import on_device, wide_dtype
-from wavedp.kernels.per_sample_tiles import (
-    cdiv,
-    dot,
-    exponent,
-    load_rows,
-    max_of,
-    min_of,
-    operand,
-    power_of_two,
-    sum_of,
-)
+from wavedp.kernels.per_sample_range import scaled_norm
+from wavedp.kernels.per_sample_tiles import cdiv, diagonal, dot, load_rows, operand, sum_of
 
 NEGLIGIBLE = tl.constexpr(2.0**-24)
 """Of the squared bound: below a unit in the last place of float32, and a 16th of what callers add for rounding."""
-NO_TOKEN = tl.constexpr(-100000)
 
 
 @triton.jit
@@ -85,12 +75,6 @@ def _total(x):
 @triton.jit
 def _store_number(ptr, number):
     tl.store(ptr + tl.full((1, 1), 0, tl.int64), number)
-
-
-@triton.jit
-def _diagonal(gram, BLOCK_T: tl.constexpr):
-    i = tl.arange(0, BLOCK_T)
-    return sum_of(tl.where(i[:, None] == i[None, :], gram, 0.0), 1, keep_dims=True)
 
 
 @triton.jit
@@ -143,7 +127,7 @@ def _gram_norms_kernel(
         if sums_ptr is not None:
             row_sums_ptr = sums_ptr + block * p
         gram_g = _own_gram(g_ptr, row_sums_ptr, rows, stride_gt, T, p, WIDE, BLOCK_T, BLOCK_K)
-        _store_lengths(lengths_ptr + block * 3, _diagonal(gram_a, BLOCK_T), _diagonal(gram_g, BLOCK_T))
+        _store_lengths(lengths_ptr + block * 3, diagonal(gram_a, BLOCK_T), diagonal(gram_g, BLOCK_T))
         part = _total(gram_a * gram_g)
     else:
         i, j = _pair(k - blocks)
@@ -225,86 +209,6 @@ def _product_norms_kernel(
 
 
 @triton.jit
-def _peaks(x_ptr, rows, stride_t, T, width, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Largest absolute entry of each row; infinite where an entry is NaN."""
-    peaks = tl.full((BLOCK_T,), 0, WIDE)
-    for k in range(0, width, BLOCK_K):
-        x = tl.abs(load_rows(x_ptr, rows, rows < T, stride_t, k, width, BLOCK_K).to(WIDE))
-        peaks = tl.maximum(peaks, max_of(tl.where(x == x, x, float("inf")), 1))
-    return peaks
-
-
-@triton.jit
-def _scaled_gram(
-    x_ptr, rows, others, e, f, stride_t, T, width, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """``_gram`` of the rows divided by ``2^e`` and the others by ``2^f``, which is exact."""
-    gram = tl.full((BLOCK_T, BLOCK_T), 0, WIDE)
-    for k in range(0, width, BLOCK_K):
-        x = load_rows(x_ptr, rows, rows < T, stride_t, k, width, BLOCK_K).to(WIDE) * power_of_two(-e, WIDE)[:, None]
-        y = load_rows(x_ptr, others, others < T, stride_t, k, width, BLOCK_K).to(WIDE) * power_of_two(-f, WIDE)[:, None]
-        gram = dot(x, tl.trans(y), gram, WIDE)
-    return gram
-
-
-@triton.jit
-def _shares(peaks_a, peaks_g, WIDE: tl.constexpr):
-    """Exponent of each token's ``|g_t| |a_t|``."""
-    e = exponent(peaks_a, WIDE) + exponent(peaks_g, WIDE)
-    return tl.where((peaks_a == 0.0) | (peaks_g == 0.0), NO_TOKEN, e)
-
-
-@triton.jit
-def _scaled_norm(
-    a_ptr, g_ptr, stride_at, stride_gt, T, d, p, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Squared norm and bound of one record, in the whole range of its type. One program does it all, slowly."""
-    largest = tl.full((), NO_TOKEN, tl.int32)
-    is_finite = tl.full((), 1, tl.int32)
-    for t in range(0, T, BLOCK_T):
-        rows = t + tl.arange(0, BLOCK_T)
-        peaks_a = _peaks(a_ptr, rows, stride_at, T, d, WIDE, BLOCK_T, BLOCK_K)
-        peaks_g = _peaks(g_ptr, rows, stride_gt, T, p, WIDE, BLOCK_T, BLOCK_K)
-        largest = tl.maximum(largest, max_of(_shares(peaks_a, peaks_g, WIDE), 0))
-        finite = (peaks_a < float("inf")) & (peaks_g < float("inf"))
-        is_finite = tl.minimum(is_finite, min_of(finite.to(tl.int32), 0))
-    squared = tl.full((), 0.0, tl.float64)
-    bound = tl.full((), 0.0, tl.float64)
-    if is_finite == 0:
-        squared += float("nan")
-        bound += float("nan")
-    elif largest > NO_TOKEN:
-        for t in range(0, T, BLOCK_T):
-            rows = t + tl.arange(0, BLOCK_T)
-            peaks_a = _peaks(a_ptr, rows, stride_at, T, d, WIDE, BLOCK_T, BLOCK_K)
-            peaks_g = _peaks(g_ptr, rows, stride_gt, T, p, WIDE, BLOCK_T, BLOCK_K)
-            a, g = exponent(peaks_a, WIDE), exponent(peaks_g, WIDE)
-            share = power_of_two(_shares(peaks_a, peaks_g, WIDE) - largest, WIDE)
-            for s in range(0, t + 1, BLOCK_T):
-                others = s + tl.arange(0, BLOCK_T)
-                peaks_a = _peaks(a_ptr, others, stride_at, T, d, WIDE, BLOCK_T, BLOCK_K)
-                peaks_g = _peaks(g_ptr, others, stride_gt, T, p, WIDE, BLOCK_T, BLOCK_K)
-                b, h = exponent(peaks_a, WIDE), exponent(peaks_g, WIDE)
-                other = power_of_two(_shares(peaks_a, peaks_g, WIDE) - largest, WIDE)
-                gram_a = _scaled_gram(a_ptr, rows, others, a, b, stride_at, T, d, WIDE, BLOCK_T, BLOCK_K)
-                gram_g = _scaled_gram(g_ptr, rows, others, g, h, stride_gt, T, p, WIDE, BLOCK_T, BLOCK_K)
-                terms = gram_a * gram_g * share[:, None] * other[None, :]
-                part = sum_of(terms.to(tl.float64))
-                if s == t:
-                    squared += part
-                    lengths = tl.sqrt(_diagonal(gram_a, BLOCK_T) * _diagonal(gram_g, BLOCK_T))
-                    bound += sum_of((lengths * share[:, None]).to(tl.float64))
-                else:
-                    squared += 2.0 * part
-        # In halves, because 2^largest may be no number of float64 itself.
-        half = power_of_two(largest // 2, tl.float64)
-        rest = power_of_two(largest - largest // 2, tl.float64)
-        bound = bound * half * rest
-        squared = squared * half * rest * half * rest
-    return squared, bound
-
-
-@triton.jit
 def _sum(x_ptr, n, stride, BLOCK: tl.constexpr):
     """Sum of ``n`` numbers of float64."""
     total = tl.full((BLOCK,), 0, tl.float64)
@@ -353,7 +257,7 @@ def _linear_norms_kernel(
     # Comparisons with NaN are false, and with infinity only the last one would be true.
     in_range = (squared < float("inf")) & (bound < float("inf")) & (lost <= bound * bound * NEGLIGIBLE)
     if in_range == 0:
-        squared, bound = _scaled_norm(
+        squared, bound = scaled_norm(
             a_ptr + record * stride_ab,
             g_ptr + record * stride_gb,
             stride_at,
@@ -451,7 +355,7 @@ def linear_norms(a: torch.Tensor, g: torch.Tensor, bias: bool) -> tuple[torch.Te
             )  # fmt: skip
         _linear_norms_kernel[(B,)](
             a, g, partial, lengths, None if bias_grads is None else sums, squared, bound, bias_grads, *strides,
-            T, d, p, parts, of_tokens, BLOCK=128, BLOCK_T=16, BLOCK_K=32, num_warps=4, num_stages=1,
+            T, d, p, parts, of_tokens, BLOCK=128, BLOCK_T=16, BLOCK_K=16, num_warps=8, num_stages=1,
         )  # fmt: skip
     if sums is None:
         return squared, bound, g.new_empty((B, 0), dtype=wide)

@@ -52,6 +52,12 @@ def dot(x, y, total, WIDE: tl.constexpr):
 
 
 @triton.jit
+def diagonal(gram, BLOCK_T: tl.constexpr):
+    i = tl.arange(0, BLOCK_T)
+    return sum_of(tl.where(i[:, None] == i[None, :], gram, 0.0), 1, keep_dims=True)
+
+
+@triton.jit
 def power_of_two(e, WIDE: tl.constexpr):
     """``2^e``, zero below the normal numbers; ``e`` is at most the largest exponent."""
     if tl.float64 == WIDE:

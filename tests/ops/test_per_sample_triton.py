@@ -84,18 +84,11 @@ def test_pairs_of_blocks_are_all_counted(kernels: ModuleType, monkeypatch: pytes
     """Seven blocks of 16 tokens: 21 pairs off the diagonal."""
     module = kernels.linear_norms.__globals__
     monkeypatch.setitem(module, "blocks_of", lambda *_: module["Blocks"](tile=16, depth=16, num_warps=4, num_stages=1))
-    a, g = noise(1, 101, 120), noise(1, 101, 110)
-    squared, bound, _ = kernels.linear_norms(a, g, False)
-    exact = reference.linear_norms(a.double(), g.double(), False)
-    assert_near(squared, exact[0], exact[1].square(), torch.float32)
-    # Gradients that do not cancel: a pair left out would show whatever the bound is.
-    squared, _bound, _ = kernels.linear_norms(a.abs(), g.abs(), False)
-    assert_near(
-        squared / reference.linear_norms(a.abs().double(), g.abs().double(), False)[0],
-        torch.ones(1),
-        1.0,
-        torch.float32,
-    )
+    monkeypatch.setitem(module, "takes_gram", lambda *_: True)
+    # Of one sign, so that terms add up and a pair left out shows.
+    a, g = noise(1, 101, 10).abs(), noise(1, 101, 14).abs()
+    squared, _, _ = kernels.linear_norms(a, g, False)
+    assert_near(squared, reference.linear_norms(a.double(), g.double(), False)[0], squared, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -193,11 +186,16 @@ def test_a_small_factor_may_belong_to_a_record_beyond_float32(kernels: ModuleTyp
 
 @pytest.mark.parametrize("subtract_mean", [True, False], ids=["LayerNorm", "RMSNorm"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 1, 1), (1, 70, 65), (600, 2, 3), (1, 2, 4100)], ids=str)
-def test_norm_grads(kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, subtract_mean: bool) -> None:
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 1, 1), (1, 70, 65), (9, 2, 3), (1, 2, 4100)], ids=str)
+def test_norm_grads(
+    kernels: ModuleType,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    subtract_mean: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """More records than programs are wanted; rows wider than a block; a mean that is large beside the deviation."""
-    if shape[0] == 600 and dtype != torch.float32:
-        pytest.skip("one type is enough: an interpreted program takes a millisecond")
+    monkeypatch.setitem(kernels.norm_grads.__globals__, "PROGRAMS", 6)
     x, g = noise(*shape, dtype=dtype) + 3.0, noise(*shape, dtype=dtype)
     weight, bias = kernels.norm_grads(x, g, 1e-5, subtract_mean)
     exact = reference.norm_grads(x.double(), g.double(), 1e-5, subtract_mean)
@@ -208,10 +206,11 @@ def test_norm_grads(kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3,), (1, 1), (4, 5, 7), (2, 3001), (1100, 3)], ids=str)
-def test_norms_and_sums_of_gradients(kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if shape[0] == 1100 and dtype != torch.bfloat16:
-        pytest.skip("one type is enough: an interpreted program takes a millisecond")
+@pytest.mark.parametrize("shape", [(3,), (1, 1), (4, 5, 7), (2, 3001), (9, 3)], ids=str)
+def test_norms_and_sums_of_gradients(
+    kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(kernels.weighted_sum.__globals__, "PROGRAMS", 6)
     grads, factors = noise(*shape, dtype=dtype), factors_of(shape[0])
     squared = kernels.squared_norms(grads)
     assert squared.dtype == torch.float64
@@ -226,7 +225,7 @@ def test_norms_and_sums_of_gradients(kernels: ModuleType, shape: tuple[int, ...]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (2, 40, 33), (3, 90, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (2, 70, 33)], ids=str)
 def test_embedding(kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Runs of one id that are a token, that fill a chunk of 64, and that go through several."""
     B, T, _ = shape
@@ -264,9 +263,9 @@ def test_empty(kernels: ModuleType, shape: tuple[int, ...]) -> None:
         ("norm_grads", (a, a, 1e-5, True)),
         ("squared_norms", (a,)),
         ("weighted_sum", (a, factors)),
-        ("embedding_norms", (ids, a, -1)),
-        ("embedding_weight_grad", (ids, a, factors, 4, -1)),
     ]
+    if d > 0:
+        calls += [("embedding_norms", (ids, a, -1)), ("embedding_weight_grad", (ids, a, factors, 4, -1))]
     for name, arguments in calls:
         actual, exact = getattr(kernels, name)(*arguments), getattr(reference, name)(*arguments)
         several = isinstance(exact, tuple)
