@@ -166,7 +166,7 @@ def wavelet_untokens(shape: tuple[int, ...], dtype: torch.dtype, level: int, **f
 
 
 def per_sample(
-    function: str, shape: tuple[int, ...], dtype: torch.dtype, arguments: Arguments, note: str = "", **flags: bool
+    function: str, shape: tuple[int, ...], dtype: torch.dtype, arguments: Arguments, note: str, **flags: bool
 ) -> Case:
     """A function of ``kernels/per_sample.py``; ``arguments`` makes them from ``shape`` and ``dtype``."""
 
@@ -190,7 +190,7 @@ def scaled_weight_grad(shape: tuple[int, ...], dtype: torch.dtype, **flags: bool
         B, T, d, p = shape
         return _empty((B, T, p), dtype), _empty((B, T, d), dtype), _empty((B,), torch.float32)
 
-    return per_sample("scaled_weight_grad", shape, dtype, arguments, **flags)
+    return per_sample("scaled_weight_grad", shape, dtype, arguments, "", **flags)
 
 
 def norm_grads(shape: tuple[int, ...], dtype: torch.dtype, subtract_mean: bool = True, **flags: bool) -> Case:
@@ -207,7 +207,7 @@ def records(function: str, shape: tuple[int, ...], dtype: torch.dtype, **flags: 
         factors = [_empty(shape[:1], torch.float32)] if function == "weighted_sum" else []
         return _empty(shape, dtype), *factors
 
-    return per_sample(function, shape, dtype, arguments, **flags)
+    return per_sample(function, shape, dtype, arguments, "", **flags)
 
 
 def embedding(function: str, shape: tuple[int, ...], dtype: torch.dtype, **flags: bool) -> Case:
@@ -218,7 +218,7 @@ def embedding(function: str, shape: tuple[int, ...], dtype: torch.dtype, **flags
         others = (_empty(shape[:1], torch.float32), 50257) if function == "embedding_weight_grad" else ()
         return ids, g, *others, -1
 
-    return per_sample(function, shape, dtype, arguments, **flags)
+    return per_sample(function, shape, dtype, arguments, "", **flags)
 
 
 F32, BF16, F16, F64, U8 = NAMES

@@ -127,7 +127,7 @@ def test_large_images_move_as_vectors(
     [
         pytest.param(linear_norms(LINEAR, torch.bfloat16, bias=False), 1.0, id="linear_norms Gram"),
         pytest.param(linear_norms(LONG, torch.bfloat16, bias=False), 1.0, id="linear_norms products"),
-        pytest.param(scaled_weight_grad(LINEAR, torch.bfloat16), 0.99, id="scaled_weight_grad"),  # besides the factors
+        pytest.param(scaled_weight_grad(LINEAR, torch.bfloat16), 0.98, id="scaled_weight_grad"),  # besides a factor
         pytest.param(norm_grads((16, 256, 768), torch.bfloat16), 1.0, id="norm_grads"),
         pytest.param(records("squared_norms", (16, 256, 768), torch.bfloat16), 1.0, id="squared_norms"),
         pytest.param(records("weighted_sum", (16, 256, 768), torch.bfloat16), 0.8, id="weighted_sum"),
