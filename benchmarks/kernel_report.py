@@ -30,8 +30,10 @@ regs      registers a thread              local   accesses to local memory: spil
 shared    bytes of shared memory a block  s.acc   accesses to shared memory
 shfl      shuffles                        bar     barriers of a block (for one warp nearly free)
 generic   accesses to memory that the compiler could not tell: global, or arguments by index
+mma       instructions for tensor cores, of any width
 loads and stores: accesses to global memory in the code by their width in bytes, `n x width`; those of one thread,
-loops and branches counted once. Triton's tiles are pixels, rows x columns, of one block of {warp} threads.
+loops and branches counted once. Triton's tiles are pixels, rows x columns, of one block of {warp} threads; those of
+per-sample kernels are the sizes of blocks in the order of their arguments, and the warps of a block.
 """
 
 
@@ -40,22 +42,37 @@ def accesses(counts: Counter[int]) -> str:
 
 
 def row(name: str, tile: str, code: MachineCode, shared: int) -> tuple[str, ...]:
-    counts = (code.registers, code.spills, shared, code.shared_accesses, code.shuffles, code.barriers, code.generic)
+    counts = (
+        code.registers,
+        code.spills,
+        shared,
+        code.shared_accesses,
+        code.shuffles,
+        code.barriers,
+        code.generic,
+        code.tensor,
+    )
     return (name, tile, *map(str, counts), accesses(code.loads), accesses(code.stores))
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [("", "tile", "regs", "local", "shared", "s.acc", "shfl", "bar", "generic", "loads", "stores"), *rows]
+    lines = [
+        ("", "tile", "regs", "local", "shared", "s.acc", "shfl", "bar", "generic", "mma", "loads", "stores"),
+        *rows,
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = []
     for line in lines:
-        cells = [c.rjust(w) if 2 <= i <= 8 else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))]
+        cells = [c.rjust(w) if 2 <= i <= 9 else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))]
         text.append("  ".join(cells).rstrip())
     return "\n".join(text) + "\n"
 
 
 def tile_of(launch: Launch) -> str:
     constants = launch.keywords
+    if "LEVELS" not in constants:
+        sizes = (str(n) for name, n in constants.items() if name == "ROWS" or name.startswith("BLOCK"))
+        return f"{'x'.join(sizes)} {constants['num_warps']}w"
     scale = 1 << constants["LEVELS"]
     return f"{constants['BLOCK_H'] * scale}x{constants['BLOCK_W'] * scale}"
 

@@ -61,6 +61,9 @@ def caught_launches() -> Iterator[list[Launch]]:
         triton.JITFunction.run = run
 
 
+Arguments = Callable[[tuple[int, ...], torch.dtype], tuple[Any, ...]]
+
+
 @dataclass(frozen=True)
 class Case:
     """A call of a launcher, for what it launches."""
@@ -162,12 +165,72 @@ def wavelet_untokens(shape: tuple[int, ...], dtype: torch.dtype, level: int, **f
     return Case(_name("wavelet_untokens", shape, dtype, level, note), "wavelet_tokens", call, flags.get("main", False))
 
 
+def per_sample(
+    function: str, shape: tuple[int, ...], dtype: torch.dtype, arguments: Arguments, note: str, **flags: bool
+) -> Case:
+    """A function of ``kernels/per_sample.py``; ``arguments`` makes them from ``shape`` and ``dtype``."""
+
+    def call(kernels: ModuleType) -> object:
+        return getattr(kernels, function)(*arguments(shape, dtype))
+
+    name = " ".join(filter(None, (function, "x".join(map(str, shape)), NAMES[dtype], note)))
+    return Case(name, "per_sample", call, flags.get("main", False))
+
+
+def linear_norms(shape: tuple[int, ...], dtype: torch.dtype, bias: bool = True, **flags: bool) -> Case:
+    def arguments(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        B, T, d, p = shape
+        return _empty((B, T, d), dtype), _empty((B, T, p), dtype), bias
+
+    return per_sample("linear_norms", shape, dtype, arguments, "bias" * bias, **flags)
+
+
+def scaled_weight_grad(shape: tuple[int, ...], dtype: torch.dtype, **flags: bool) -> Case:
+    def arguments(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        B, T, d, p = shape
+        return _empty((B, T, p), dtype), _empty((B, T, d), dtype), _empty((B,), torch.float32)
+
+    return per_sample("scaled_weight_grad", shape, dtype, arguments, "", **flags)
+
+
+def norm_grads(shape: tuple[int, ...], dtype: torch.dtype, subtract_mean: bool = True, **flags: bool) -> Case:
+    def arguments(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        return _empty(shape, dtype), _empty(shape, dtype), 1e-5, subtract_mean
+
+    return per_sample("norm_grads", shape, dtype, arguments, "" if subtract_mean else "RMS", **flags)
+
+
+def records(function: str, shape: tuple[int, ...], dtype: torch.dtype, **flags: bool) -> Case:
+    """``squared_norms`` and ``weighted_sum``."""
+
+    def arguments(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        factors = [_empty(shape[:1], torch.float32)] if function == "weighted_sum" else []
+        return _empty(shape, dtype), *factors
+
+    return per_sample(function, shape, dtype, arguments, "", **flags)
+
+
+def embedding(function: str, shape: tuple[int, ...], dtype: torch.dtype, **flags: bool) -> Case:
+    """``embedding_norms`` and ``embedding_weight_grad`` of the vocabulary of GPT-2."""
+
+    def arguments(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        ids, g = _empty(shape[:2], torch.int64), _empty(shape, dtype)
+        others = (_empty(shape[:1], torch.float32), 50257) if function == "embedding_weight_grad" else ()
+        return ids, g, *others, -1
+
+    return per_sample(function, shape, dtype, arguments, "", **flags)
+
+
 F32, BF16, F16, F64, U8 = NAMES
 ODD = (64, 3, 253, 255)
 OVER_2_31 = (48, 3, 4096, 4096)
 """More elements than 32 bits count, so that offsets and some strides need 64."""
 PATCHES_OF_3 = (64, 3, 384, 384)
 """3 x 3 coefficients of the third LL in a patch, which is no power of two."""
+LINEAR = (16, 256, 768, 3072)
+"""B, T, d and p of a layer of a 12-layer GPT."""
+LONG = (4, 4096, 768, 768)
+LINEAR_OVER_2_31 = (4096, 1024, 768, 768)
 
 CASES = [
     *(wavedec2(IMAGES, dtype, 3, main=True) for dtype in (F32, BF16)),
@@ -203,4 +266,23 @@ CASES = [
     wavelet_untokens(IMAGES, F32, 3, plain=True),
     wavelet_untokens(PATCHES_OF_3, F32, 3),
     wavelet_untokens(OVER_2_31, F32, 3),
+    *(linear_norms(LINEAR, dtype, main=True) for dtype in (BF16, F32)),
+    *(linear_norms(LINEAR, dtype) for dtype in (F16, F64)),
+    linear_norms(LINEAR, BF16, bias=False),
+    *(linear_norms(LONG, dtype) for dtype in (BF16, F32, F64)),
+    linear_norms((5, 33, 1, 3), BF16),
+    linear_norms(LINEAR_OVER_2_31, BF16),
+    *(scaled_weight_grad(LINEAR, dtype, main=True) for dtype in (BF16, F32)),
+    *(scaled_weight_grad(LINEAR, dtype) for dtype in (F16, F64)),
+    *(scaled_weight_grad((4096, 1, 768, 768), dtype) for dtype in (BF16, F32)),
+    scaled_weight_grad((5, 33, 1, 3), BF16),
+    scaled_weight_grad(LINEAR_OVER_2_31, BF16),
+    norm_grads((16, 256, 768), BF16, main=True),
+    *(norm_grads((16, 256, 768), dtype, subtract_mean=False) for dtype in (F32, F64)),
+    norm_grads((16, 256, 8192), BF16),
+    records("squared_norms", (16, 256, 768), BF16, main=True),
+    records("weighted_sum", (16, 256, 768), BF16, main=True),
+    records("weighted_sum", (4096, 768), F32),
+    embedding("embedding_norms", (16, 256, 768), BF16, main=True),
+    *(embedding("embedding_weight_grad", (16, 256, 768), dtype, main=dtype == BF16) for dtype in (BF16, F32)),
 ]

@@ -26,6 +26,7 @@ class MachineCode:
     generic: int = 0  # accesses to memory that the compiler could not tell: global, or arguments by index
     spills: int = 0  # accesses to local memory
     shared_accesses: int = 0
+    tensor: int = 0  # instructions for tensor cores
     shuffles: int = 0
     barriers: int = 0  # of a block; one of a single warp is nearly free
 
@@ -36,7 +37,7 @@ class MachineCode:
 
     def count(self, opcode: str) -> None:
         name, *modifiers = opcode.split(".")
-        if name == "LDG":
+        if name in ("LDG", "LDGSTS"):  # the second on its way to shared memory
             self.loads[_width(modifiers)] += 1
         elif name == "STG":
             self.stores[_width(modifiers)] += 1
@@ -46,6 +47,8 @@ class MachineCode:
             self.spills += 1
         elif name in ("LDS", "STS", "LDSM", "STSM"):
             self.shared_accesses += 1
+        elif name.endswith("MMA"):
+            self.tensor += 1
         elif name == "SHFL":
             self.shuffles += 1
         elif name == "BAR":

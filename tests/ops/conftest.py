@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,8 +14,6 @@ import torch
 
 from wavedp.ops import use_backend
 
-SHARED = "wavedp.kernels.haar"  # what the kernels have in common, itself kernels
-
 
 def load_fresh_kernels(name: str, interpreted: bool) -> ModuleType:
     """A new copy of ``wavedp.kernels.<name>``, its kernels interpreted or compiled whatever the environment.
@@ -24,15 +22,18 @@ def load_fresh_kernels(name: str, interpreted: bool) -> ModuleType:
     interpreted for every test that follows.
     """
     importlib.import_module("triton.language")
+    package = importlib.import_module("wavedp.kernels")
+    attributes = dict(vars(package))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
-        for module in dict.fromkeys((SHARED, f"wavedp.kernels.{name}")):
-            spec = importlib.util.find_spec(module)
-            assert spec is not None
-            assert spec.loader is not None
-            fresh = importlib.util.module_from_spec(spec)
-            patch.setitem(sys.modules, module, fresh)
-            spec.loader.exec_module(fresh)
+        # Kernels of several modules call each other, and an interpreted one cannot call a compiled one.
+        for loaded in [module for module in sys.modules if module.startswith("wavedp.kernels.")]:
+            patch.delitem(sys.modules, loaded)
+        fresh = importlib.import_module(f"wavedp.kernels.{name}")
+        for loaded in [module for module in sys.modules if module.startswith("wavedp.kernels.")]:
+            del sys.modules[loaded]
+    vars(package).clear()
+    vars(package).update(attributes)
     return fresh
 
 

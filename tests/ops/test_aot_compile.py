@@ -25,8 +25,16 @@ from wavedp.benchmarks.launches import (  # noqa: E402
     CAPABILITIES,
     CASES,
     GRID,
+    LINEAR,
+    LONG,
     Case,
+    Launch,
     caught_launches,
+    embedding,
+    linear_norms,
+    norm_grads,
+    records,
+    scaled_weight_grad,
     wavedec2,
     wavelet_tokens,
     wavelet_untokens,
@@ -112,6 +120,87 @@ def test_large_images_move_as_vectors(
     found = machine_code(launch.compile(90), 90, tmp_path).bytes_in_16()
     assert found[0] >= loaded
     assert found[1] >= stored
+
+
+@pytest.mark.parametrize(
+    ("case", "loaded"),
+    [
+        pytest.param(linear_norms(LINEAR, torch.bfloat16, bias=False), 1.0, id="linear_norms Gram"),
+        pytest.param(linear_norms(LONG, torch.bfloat16, bias=False), 1.0, id="linear_norms products"),
+        pytest.param(scaled_weight_grad(LINEAR, torch.bfloat16), 0.98, id="scaled_weight_grad"),  # besides a factor
+        pytest.param(norm_grads((16, 256, 768), torch.bfloat16), 1.0, id="norm_grads"),
+        pytest.param(records("squared_norms", (16, 256, 768), torch.bfloat16), 1.0, id="squared_norms"),
+        pytest.param(records("weighted_sum", (16, 256, 768), torch.bfloat16), 0.8, id="weighted_sum"),
+        pytest.param(embedding("embedding_norms", (16, 256, 768), torch.bfloat16), 0.4, id="embedding_norms"),
+    ],
+)
+def test_rows_move_as_vectors(kernels: dict[str, ModuleType], case: Case, loaded: float, tmp_path: Path) -> None:
+    """What is read of activations and gradients moves 16 bytes at a time; factors, ids and partial sums do not."""
+    for launch in case.launches(kernels["per_sample"]):
+        if launch.kernel.__name__ != "_linear_norms_kernel":  # adds up numbers
+            assert machine_code(launch.compile(90), 90, tmp_path).bytes_in_16()[0] >= loaded
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("case", [linear_norms(LINEAR, torch.bfloat16), scaled_weight_grad(LINEAR, torch.bfloat16)])
+def test_half_precision_is_multiplied_on_tensor_cores(
+    kernels: dict[str, ModuleType], case: Case, capability: int, tmp_path: Path
+) -> None:
+    """Operands go to them as they are in memory: asynchronous copies, and the instructions of the architecture."""
+    instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
+    launch = case.launches(kernels["per_sample"])[0]
+    compiled = launch.compile(capability)
+    assert instruction in compiled.asm["ptx"]
+    assert "cp.async" in compiled.asm["ptx"]
+    assert machine_code(compiled, capability, tmp_path).tensor > 0
+
+
+@pytest.mark.parametrize("case", [linear_norms(LINEAR, torch.float32), scaled_weight_grad(LINEAR, torch.float32)])
+def test_float32_is_not_rounded_to_tf32(kernels: dict[str, ModuleType], case: Case) -> None:
+    for launch in case.launches(kernels["per_sample"]):
+        assert "tf32" not in launch.compile(90).asm["ptx"]
+
+
+def launches_of(kernels: dict[str, ModuleType], case: Case) -> list[Launch]:
+    return case.launches(kernels["per_sample"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        pytest.param((8, 256, 768, 768), ["_gram_norms_kernel", "_linear_norms_kernel"], id="Gram"),
+        pytest.param(
+            (8, 1024, 768, 768), ["_row_lengths_kernel", "_product_norms_kernel", "_linear_norms_kernel"], id="products"
+        ),
+    ],
+)
+def test_norms_take_the_way_of_fewer_multiplications(
+    kernels: dict[str, ModuleType], shape: tuple[int, ...], names: list[str]
+) -> None:
+    launches = launches_of(kernels, linear_norms(shape, torch.bfloat16))
+    assert [launch.kernel.__name__ for launch in launches] == names
+
+
+def test_nothing_of_the_size_of_a_gram_matrix_is_allocated(kernels: dict[str, ModuleType]) -> None:
+    B, T, d, p = 4, 4096, 8192, 8192  # Gram way; a matrix would be T T = 2^24 numbers a record
+    (gram, _) = launches_of(kernels, linear_norms((B, T, d, p), torch.bfloat16))
+    sizes = [x.numel() for x in gram.arguments if isinstance(x, torch.Tensor) and x.shape not in [(B, T, d), (B, T, p)]]
+    assert max(sizes) <= B * (T // 128) * max(T // 128, p)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "splits"),
+    [
+        pytest.param(16, 256, 3, id="few records: parted to fill the device"),
+        pytest.param(1024, 256, 32, id="blocks of 8192 rows"),
+        pytest.param(1024, 16, 16, id="blocks of 64 records"),
+        pytest.param(2, 20000, 6, id="records of many blocks"),
+    ],
+)
+def test_sums_in_float32_stay_short(kernels: dict[str, ModuleType], B: int, T: int, splits: int) -> None:
+    launches = launches_of(kernels, scaled_weight_grad((B, T, 768, 768), torch.bfloat16))
+    assert [launch.kernel.__name__ for launch in launches] == ["_scaled_records_kernel", "_add_splits_kernel"]
+    assert launches[0].arguments[3].shape == (splits, 768, 768)
 
 
 def sample(*shape: int) -> torch.Tensor:
