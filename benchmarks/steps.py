@@ -154,13 +154,13 @@ def step_gradient(trainer: Trainer, model: nn.Module, batch: Batch, mechanism: M
 
 def mean_gradient(model: nn.Module, batch: Batch) -> tuple[float, list[Tensor]]:
     """The gradient of the mean loss in float64; no bound."""
-    model = in_float64(model)
+    model, batch = in_float64(model), widened(batch)
     return 0.0, gradients(model, model(*batch).mean())
 
 
 def clipped_mean(model: nn.Module, batch: Batch) -> tuple[float, list[Tensor]]:
     """A bound that clips half of the records, and the mean of the clipped gradients: record by record, in float64."""
-    model = in_float64(model)
+    model, batch = in_float64(model), widened(batch)
     records = [tuple(x[i : i + 1] for x in batch) for i in range(len(batch[0]))]
     norms = []
     for record in records:
@@ -184,6 +184,11 @@ def in_float64(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.RMSNorm) and module.eps is None:
             module.eps = torch.finfo(torch.float32).eps
     return model
+
+
+def widened(batch: Batch) -> Batch:
+    """Ids stay what they are."""
+    return tuple(x.double() if x.is_floating_point() else x for x in batch)
 
 
 def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:

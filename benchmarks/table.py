@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the tables of results: ``python benchmarks/table.py [--write README.md ...] benchmarks/results/*.csv``.
 
-A table stands between the markers of its suite in a file; without ``--write`` they are printed. All figures are medians.
+A table stands between the markers of its suite in a file; without ``--write`` all are printed. Figures are medians.
 """
 
 from __future__ import annotations

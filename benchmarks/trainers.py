@@ -21,7 +21,6 @@ from torch.func import functional_call, grad, vmap
 from wavedp.benchmarks.steps import FLOOR, Batch, Mechanism, Step, Trainer
 from wavedp.privacy import PrivacySpec, PrivateOptimizer
 
-
 QUIET = (
     "Full backward hook is firing when gradients are computed with respect to module outputs",  # Opacus, of embeddings
     "There is a performance drop because we have not yet implemented the batching rule",  # torch.func on a CPU

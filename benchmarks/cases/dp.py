@@ -36,9 +36,7 @@ def gpt(
     dtype: torch.dtype = torch.float32,
 ) -> Workload:
     autocast = None if dtype == torch.float32 else dtype
-    model = partial(
-        Gpt, vocabulary=vocabulary, length=length, width=width, depth=depth, heads=heads, autocast=autocast
-    )
+    model = partial(Gpt, vocabulary=vocabulary, length=length, width=width, depth=depth, heads=heads, autocast=autocast)
     return Workload((records, length), model, partial(text, records, length, vocabulary), dtype)
 
 
