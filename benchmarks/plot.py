@@ -112,7 +112,7 @@ def draw_panel(panel: Any, rows: Sequence[Row]) -> None:
     cases = [line for (line,) in distinct(rows, "line")]
     providers = [name for (name,) in distinct(rows, "provider") if name not in {row["floor"] for row in rows}]
     for name in providers:
-        if name.startswith("copy_"):
+        if name.startswith(("copy_", "mm of")):
             continue
         mine = [row for row in rows if row["provider"] == name]
         colour, marker = LOOKS.get(name, OTHER)

@@ -39,8 +39,12 @@ def block(rows: Sequence[Row], stream: TextIO) -> Iterator[str]:
         for row in here:
             ratio = float(row["floor_ratio"])
             times = " ".join(f"{human_time(row[column]):>9}" for column in ("median_ms", "q20_ms", "q80_ms"))
-            shown = f"{cost(row, least):>{width}} {ratio:>7.2f}x"
+            shown = f"{cost(row, least):>{width}} {short(ratio):>7}x"
             yield f"    {row['provider']:<26} {times} {shown}  {bar(ratio, stream)}"
+
+
+def short(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def rate(row: Row, floor: Row) -> str:

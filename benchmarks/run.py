@@ -153,7 +153,7 @@ def run_size(
             "q20_ms": f"{timing.q20 * 1e3:.4g}",
             "q80_ms": f"{timing.q80 * 1e3:.4g}",
             "gb_per_s": "" if timed.bytes is None else f"{timed.bytes / timing.median / 1e9:.4g}",
-            "floor_ratio": f"{ratio:.3f}",
+            "floor_ratio": f"{ratio:.3f}" if ratio >= 0.1 else f"{ratio:.3g}",
             "peak_bytes": filled(timed.peak_bytes),
             "booked_bytes": filled(timed.booked_bytes),
         }

@@ -180,7 +180,7 @@ def in_float64(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).double()
     for module in model.modules():
         if hasattr(module, "autocast"):
-            module.autocast = None
+            setattr(module, "autocast", None)  # noqa: B010 - a model's own attribute, unknown to nn.Module's types
         if isinstance(module, nn.RMSNorm) and module.eps is None:
             module.eps = torch.finfo(torch.float32).eps
     return model

@@ -169,7 +169,7 @@ def test_the_functions_have_their_rivals_and_floors(results: Results) -> None:
         if row["floor"] != steps.FLOOR:
             found.setdefault(row["case"], set()).add(row["provider"])
     assert found == {
-        "ghost_norm": {"sum", "wavedp", "bmm, T x T Gram", "einsum, B x P gradients"},
+        "ghost_norm": {"sum", "mm of all records", "wavedp", "bmm, T x T Gram", "einsum, B x P gradients"},
         "embedding_grad_norm": {
             "sum",
             "wavedp",
@@ -187,6 +187,8 @@ def test_the_floor_of_a_scaled_gradient_is_the_product() -> None:
     floor = registry.make_floor("mm", registry.Size((2, 3, 4, 5)), [g, a, torch.ones(2)], moved=7)
     torch.testing.assert_close(floor.call(), torch.einsum("btp,btd->pd", g, a))
     assert (floor.floor, floor.bytes) == ("mm", 7)
+    beside = registry.make_floor("mm of all records", registry.Size((2, 3, 4, 5)), [g, a], moved=7)
+    assert beside.floor == "sum"
 
 
 @pytest.mark.parametrize(

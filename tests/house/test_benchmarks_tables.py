@@ -105,6 +105,7 @@ def test_the_table_of_steps_shows_what_they_cost() -> None:
         step("pipeline", "non-private", 1),
         step("pipeline", "wavedp", 0.5),
         row("ghost_norm", "sum", "sum", 1, 1),
+        row("ghost_norm", "mm of all records", "sum", 3, 1),
         row("ghost_norm", "wavedp", "sum", 2, 1),
         row("ghost_norm", "one", "sum", 9, 1),
         row("ghost_norm", "other", "sum", 8, 1),
@@ -114,6 +115,7 @@ def test_the_table_of_steps_shows_what_they_cost() -> None:
     assert "| `gpt` | 8x3x4x4 float32 | 10.0 ms, 2 MB | **1.25**, 4 MB | 2.00 | 3 MB |" in text
     assert "| `pipeline` | 8x3x4x4 float32 | 10.0 ms | **2.00** | raises | 3 MB |" in text
     assert "| `ghost_norm` | 8x3x4x4 float32 | 1 `sum` | **2** (0.50) | 8 (4.0) other |" in text
+    assert table.function_cell({"median_ms": "9", "floor_ratio": "0.0123"}) == "**9** (0.012)"
 
 
 def test_a_step_is_shown_with_its_cost_and_memory() -> None:
