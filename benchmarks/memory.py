@@ -19,26 +19,30 @@ import torch
 
 import wavedp
 
-STEPS = 2  # the first makes what stays, such as a library's buffers
+WARM = 2  # steps before the one that is measured: they make what stays, and look at the model more closely
 STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes(
     case: str, provider: str, shape: Sequence[int], device: torch.device, step: Callable[[], object]
 ) -> int | None:
-    """Bytes at the peak of the first steps above those before, optimizer state included; None: the system cannot say.
+    """Bytes at the peak of the third step above those before the first, so with optimizer state; None: not measured.
 
     On a GPU ``step`` is called, which was not called before; on a CPU the child process makes its own.
     """
     if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(device)
         idle = torch.cuda.memory_allocated(device)
-        for _ in range(STEPS):
+        for _ in range(WARM):
             step()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated(device) - idle
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated(device)
+        step()  # four in all: an even number, see steps.py
+        return peak - idle
     if not can_measure():
         return None
     root = str(Path(wavedp.__file__).resolve().parents[1])
@@ -63,13 +67,14 @@ def resident(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def measure(step: Callable[[], object], steps: int = STEPS) -> int:
-    """Bytes at the peak of ``steps`` calls above those of now, in this process."""
+def measure(step: Callable[[], object]) -> int:
+    """Bytes at the peak of the third of three calls, above those of now, in this process."""
     gc.collect()
-    CLEAR_PEAK.write_text("5")  # proc(5): resets VmHWM
     idle = resident("VmRSS")
-    for _ in range(steps):
+    for _ in range(WARM):
         step()
+    CLEAR_PEAK.write_text("5")  # proc(5): resets VmHWM
+    step()
     return resident("VmHWM") - idle
 
 
