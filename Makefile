@@ -34,10 +34,10 @@ types: $(VENV)/dev.stamp ## mypy --strict on an installed copy, where kernels/ i
 	$(BIN)/python setup.py -q build_py --build-lib build/types
 	cd build/types && $(BIN)/mypy --config-file ../../pyproject.toml -p wavedp
 
-bench: $(VENV)/dev.stamp ## time every op beside its rivals: benchmarks/results, and the table of README.md
+bench: $(VENV)/dev.stamp ## time every op beside its rivals: benchmarks/results, and the tables of the pages
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/plot.py benchmarks/results/*.csv
-	$(BIN)/python benchmarks/table.py --readme README.md benchmarks/results/*.csv
+	$(BIN)/python benchmarks/table.py --write README.md --write docs/private_training.md benchmarks/results/*.csv
 	$(BIN)/pytest benchmarks --benchmark-enable
 
 clean: ## remove the environment, the build and the caches; runs/ stays

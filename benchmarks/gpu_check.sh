@@ -65,7 +65,7 @@ fi
 phase build 120 env WAVEDP_BUILD_CUDA=1 WAVEDP_CUDA_ARCHS="${WAVEDP_CUDA_ARCHS:-$arch}" \
   "$python" setup.py build_ext --inplace
 phase tests 240 "$python" -m pytest -ra --durations=10 ${workers[@]+"${workers[@]}"}
-# What takes longer than this is left to `benchmarks/run.py --device cuda`: other level counts, gradients.
+# What takes longer than this is left to `benchmarks/run.py --device cuda`: other level counts, gradients, training.
 phase bench 180 "$python" benchmarks/run.py wavelet wavedec2-L3 waverec2-L3 coarse-L3 wavelet_tokens wavelet_untokens \
   small --device cuda --out "$out"
 

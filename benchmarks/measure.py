@@ -9,13 +9,12 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-Thunk = Callable[[], Any]
+from wavedp.benchmarks.registry import Progress, Thunk, silent
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Timing:
     q20: float
     q80: float
     calls: int = 1  # in a sample
+    samples: tuple[float, ...] = ()  # one a repeat
 
 
 def sample(function: Thunk, calls: int, device: torch.device) -> float:
@@ -58,7 +58,7 @@ def time_in_turns(
     device: torch.device,
     repeats: int,
     sample_seconds: float,
-    progress: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
 ) -> dict[str, Timing]:
     """Takes ``repeats`` samples of every function, in turns, in an order that is shuffled for each repeat.
 
@@ -84,9 +84,14 @@ def time_in_turns(
 
 def summary(samples: list[float], calls: int = 1) -> Timing:
     if len(samples) == 1:
-        return Timing(samples[0], samples[0], samples[0], calls)
+        return Timing(samples[0], samples[0], samples[0], calls, tuple(samples))
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return Timing(statistics.median(samples), fifths[0], fifths[3], calls)
+    return Timing(statistics.median(samples), fifths[0], fifths[3], calls, tuple(samples))
+
+
+def paired_ratio(floor: Timing, timing: Timing) -> float:
+    """The median of the ratios within each repeat, whose samples were taken within seconds of each other."""
+    return statistics.median(a / b for a, b in zip(floor.samples, timing.samples, strict=True))
 
 
 def keep_freed_memory() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,27 @@ LOOKS = {
     "ptwt": ("#8c510a", "^"),
     "pytorch_wavelets": ("#d8b365", "P"),
     "PyWavelets": ("#01665e", "*"),
+    "Opacus hooks": ("#8c510a", "^"),
+    "Opacus ew": ("#d8b365", "P"),
+    "Opacus ghost": ("#01665e", "*"),
+    "torch.func": ("#67a9cf", "v"),
+    "fastDP MixOpt": ("#888888", "x"),
+    "bmm, T x T Gram": ("#2166ac", "s"),
+    "bmm, T x T mask": ("#2166ac", "s"),
+    "einsum, B x P gradients": ("#8c510a", "^"),
+    "index_add, B x P gradients": ("#8c510a", "^"),
+    "one-hot": ("#d8b365", "P"),
+    "scale, then mm": ("#67a9cf", "v"),
 }
 OTHER = ("#5ab4ac", "*")
+FLOORS = {
+    "copy_": "copy_ for out=",
+    "clone": "clone() for fresh results",
+    "sum": "sum() of the input where less comes out",
+    "torch.mul": "torch.mul(x, x) for the small image",
+    "mm": "the product alone",
+    "non-private": "the step without privacy",
+}
 
 
 def draw(path: Path) -> Path:
@@ -38,10 +58,10 @@ def draw(path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     rows = read([path])
-    inputs = distinct(rows, "shape", "dtype")
-    counts = [len(distinct(rows_of(rows, shape, dtype), "case")) for shape, dtype in inputs]
+    found = panels(rows, path.name.partition("-")[0])
+    counts = [len(distinct(here, "line")) for here in found.values()]
     figure, axes = plt.subplots(
-        len(inputs),
+        len(found),
         1,
         figsize=(10, sum(0.34 * count + 1.0 for count in counts) + 1.2),
         height_ratios=[count + 1 for count in counts],
@@ -49,13 +69,12 @@ def draw(path: Path) -> Path:
         sharex=True,
         layout="constrained",
     )
-    for panel, (shape, dtype) in zip(axes[:, 0], inputs):
-        draw_panel(panel, rows_of(rows, shape, dtype))
-        panel.set_title(f"{shape} {dtype}", loc="left", fontsize=10, fontweight="bold")
-    axes[-1, 0].set_xlabel(
-        "rate relative to the floor: copy_ for out=, clone() for fresh results, sum() of the input for coarse,\n"
-        "torch.mul(x, x) for the small image (log scale; whiskers: 20% to 80% of the samples)"
-    )
+    for panel, (title, here) in zip(axes[:, 0], found.items()):
+        draw_panel(panel, here)
+        panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    floors = ", ".join(FLOORS[floor] for (floor,) in distinct(rows, "floor"))
+    label = f"rate relative to the floor: {floors} (log scale; whiskers: 20% to 80% of the samples)"
+    axes[-1, 0].set_xlabel("\n".join(textwrap.wrap(label, 90)))
     named: dict[str, Any] = {}
     for panel in axes[:, 0]:
         handles, labels = panel.get_legend_handles_labels()
@@ -71,18 +90,29 @@ def draw(path: Path) -> Path:
     return target
 
 
-def rows_of(rows: Sequence[Row], shape: str, dtype: str) -> list[Row]:
-    return [row for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)]
+def panels(rows: Sequence[Row], suite: str) -> dict[str, list[Row]]:
+    """What is drawn together, by title, each row with the name of its ``line``.
+
+    Images share a panel, whose lines are the cases. Training steps, whose inputs are each model's own, share one too,
+    and so do the functions of private training.
+    """
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        size = f"{row['shape']} {row['dtype']}"
+        kind = "training steps" if row["floor"] == "non-private" else "functions"
+        title, line = (kind, f"{row['case']} {size}") if suite == "dp" else (size, row["case"])
+        found.setdefault(title, []).append({**row, "line": line})
+    return found
 
 
 def draw_panel(panel: Any, rows: Sequence[Row]) -> None:
     """Marks at the median, with whiskers from the 20% to the 80% quantile; the floor is the line at 1."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    cases = [case for (case,) in distinct(rows, "case")]
+    cases = [line for (line,) in distinct(rows, "line")]
     providers = [name for (name,) in distinct(rows, "provider") if name not in {row["floor"] for row in rows}]
     for name in providers:
-        if name.startswith("copy_"):
+        if name.startswith(("copy_", "mm of")):
             continue
         mine = [row for row in rows if row["provider"] == name]
         colour, marker = LOOKS.get(name, OTHER)
@@ -94,7 +124,7 @@ def draw_panel(panel: Any, rows: Sequence[Row]) -> None:
         ]
         panel.errorbar(
             rates,
-            [cases.index(row["case"]) for row in mine],
+            [cases.index(row["line"]) for row in mine],
             xerr=whiskers,
             linestyle="",
             marker=marker,

@@ -4,37 +4,67 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 BAR = 16  # cells up to the floor; twice as many are drawn
 HEADINGS = {
     "copy_": "into existing tensors; the floor is copy_ of as many bytes",
     "clone": "fresh results; the floor is clone() of as many bytes",
-    "sum": "one band; the floor is sum() of as many bytes as the input has",
+    "sum": "less comes out than goes in; the floor is sum() of as many bytes as the input has",
     "torch.mul": "one small image x; the floor is torch.mul(x, x)",
+    "mm": "fresh results; the floor is the product alone",
+    "non-private": "training steps; the floor is the step without clipping and noise",
 }
 Row = Mapping[str, str]
 
 
 def block(rows: Sequence[Row], stream: TextIO) -> Iterator[str]:
     """The lines for one case and input: each floor, then those that are compared with it."""
+    if not rows:
+        return
     last = rows[-1]  # a provider, whose bytes are the operation's; those of a floor may be fewer
-    yield f"\n{last['case']}   {last['shape']} {last['dtype']}, {human_bytes(int(last['bytes']))} to move"
+    moved = f", {human_bytes(int(last['bytes']))} to move" if last["bytes"] else ""
+    booked = f", {human_bytes(int(last['booked_bytes']))} of output gradients" if last.get("booked_bytes") else ""
+    yield f"\n{last['case']}   {last['shape']} {last['dtype']}{moved}{booked}"
     for floor in dict.fromkeys(row["floor"] for row in rows):
         here = [row for row in rows if row["floor"] == floor]
-        small = floor == "torch.mul"
-        width = 14 if small else 9
-        heading = f"{'over torch.mul' if small else 'GB/s':>{width}} {'x floor':>8}  fraction of the floor"
+        heading, cost = COSTS.get(floor, ("GB/s", rate))
+        width = max(9, len(heading))
         yield f"  {HEADINGS[floor]}"
-        yield f"    {'':<26} {'median':>9} {'20%':>9} {'80%':>9} {heading}"
-        least = float(next(row["median_ms"] for row in here if row["provider"] == floor))
+        yield (
+            f"    {'':<26} {'median':>9} {'20%':>9} {'80%':>9} {heading:>{width}} {'x floor':>8}  fraction of the floor"
+        )
+        least = next(row for row in here if row["provider"] == floor)
         for row in here:
             ratio = float(row["floor_ratio"])
-            over = f"{(float(row['median_ms']) - least) * 1e3:.1f} us"
-            cost = over if small else f"{float(row['gb_per_s']):.1f}"
             times = " ".join(f"{human_time(row[column]):>9}" for column in ("median_ms", "q20_ms", "q80_ms"))
-            yield f"    {row['provider']:<26} {times} {cost:>{width}} {ratio:>7.2f}x  {bar(ratio, stream)}"
+            shown = f"{cost(row, least):>{width}} {short(ratio):>7}x"
+            yield f"    {row['provider']:<26} {times} {shown}  {bar(ratio, stream)}"
+
+
+def short(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+
+
+def rate(row: Row, floor: Row) -> str:
+    return f"{float(row['gb_per_s']):.1f}"
+
+
+def over_floor(row: Row, floor: Row) -> str:
+    return f"{(float(row['median_ms']) - float(floor['median_ms'])) * 1e3:.1f} us"
+
+
+def times_as_long_and_memory(row: Row, floor: Row) -> str:
+    peak = human_bytes(int(row["peak_bytes"])) if row["peak_bytes"] else "-"
+    return f"{1 / float(row['floor_ratio']):.2f} {peak:>10}"
+
+
+# floor: what stands beside the times, its heading and its value
+COSTS: dict[str, tuple[str, Callable[[Row, Row], str]]] = {
+    "torch.mul": ("over torch.mul", over_floor),
+    "non-private": ("times as long  peak memory", times_as_long_and_memory),
+}
 
 
 def bar(ratio: float, stream: TextIO) -> str:
@@ -60,8 +90,11 @@ class Progress:
         self.prefix = prefix
         self.shown = sys.stderr.isatty()
 
-    def __call__(self, what: str) -> None:
-        if self.shown:
+    def __call__(self, what: str, *, keep: bool = False) -> None:
+        if keep:
+            self.close()
+            print(f"{self.prefix}: {what}", file=sys.stderr, flush=True)
+        elif self.shown:
             sys.stderr.write(f"\r\033[K{self.prefix}: {what}")
             sys.stderr.flush()
 

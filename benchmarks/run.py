@@ -18,17 +18,18 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import wavedp
 from wavedp.benchmarks.cases import SUITES
-from wavedp.benchmarks.measure import keep_freed_memory, release_memory, time_in_turns
-from wavedp.benchmarks.registry import Case, Size, check, make_floor, poisoned, result_dtype
+from wavedp.benchmarks.measure import keep_freed_memory, paired_ratio, release_memory, time_in_turns
+from wavedp.benchmarks.registry import Benchmark
 from wavedp.benchmarks.report import Progress, block
 
 HERE = Path(__file__).resolve().parent
-RIVALS = ("ptwt", "pytorch_wavelets", "PyWavelets")
+RIVALS = ("ptwt", "pytorch_wavelets", "PyWavelets", "opacus", "fastDP")
 Row = dict[str, str]
 
 
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
             rows = []
             for size in case.sizes["quick" if arguments.quick else device.type]:
                 rows += run_size(case, size, device, arguments.repeats, sample_seconds, quick=arguments.quick)
-            if arguments.out is not None:
+            if arguments.out is not None and rows:
                 write_rows(arguments.out / f"{suite}-{slug(device_name(device))}.csv", rows)
 
 
@@ -102,7 +103,7 @@ def chosen_device(name: str | None) -> torch.device:
     return device
 
 
-def chosen_cases(suite: str | None, names: Sequence[str]) -> dict[str, list[Case]]:
+def chosen_cases(suite: str | None, names: Sequence[str]) -> dict[str, list[Benchmark]]:
     if suite is not None and suite not in SUITES:
         raise ValueError(f"unknown suite {suite}; there is {', '.join(SUITES)}")
     suites = {suite: SUITES[suite]} if suite is not None else SUITES
@@ -122,65 +123,48 @@ def matches(name: str, case: str) -> bool:
 
 
 def run_size(
-    case: Case, size: Size, device: torch.device, repeats: int, sample_seconds: float, *, quick: bool
+    case: Benchmark, size: Any, device: torch.device, repeats: int, sample_seconds: float, *, quick: bool
 ) -> list[Row]:
     """One row for each floor and each provider, printed as a block."""
     shape, dtype = "x".join(map(str, size.shape)), str(size.dtype).removeprefix("torch.")
     progress = Progress(f"{case.name} {shape} {dtype}")
     release_memory()
-    inputs = case.inputs(size, device)
-    expected = case.expected(size, *(x.double() for x in inputs))
-    results = result_dtype(size.dtype)
-    moved = sum(x.nbytes for x in inputs) + sum(x.numel() for x in expected) * results.itemsize
-
-    functions, compared_with, sizes = {}, {}, {}
-    torch.compiler.reset()
-    providers = case.providers(size, device)
-    out = poisoned(expected, results) if any(provider.writes_out for provider in providers.values()) else []
-    for name, provider in providers.items():
-        if quick and "torch.compile" in name:
-            continue
-        progress(f"check {name}")
-        call = provider.prepare(inputs, out)
-        result = call()
-        check(f"{case.name}, {name}", out if provider.writes_out else provider.unpack(result), expected, results)
-        del result
-        for tensor in out:
-            tensor.fill_(torch.nan)
-        functions[name], compared_with[name], sizes[name] = call, provider.floor, moved
-    del expected
-    floors = {name: make_floor(name, size, inputs, moved) for name in case.floors}
-    for name, floor in floors.items():
-        floor.call()
-        functions[name], compared_with[name], sizes[name] = floor.call, floor.compared_with, floor.bytes
-
-    timings = time_in_turns(functions, device, repeats, sample_seconds, progress)
+    found = case.timed(size, device, quick=quick, progress=progress)
+    timings = time_in_turns({name: t.call for name, t in found.items()}, device, repeats, sample_seconds, progress)
     progress.close()
     rows = []
-    order = {floor: i for i, floor in enumerate(floors)}
-    for name in sorted(timings, key=lambda name: (order[compared_with[name]], order.get(name, len(order)))):
-        timing, floor_name = timings[name], compared_with[name]
+    order = {floor: i for i, floor in enumerate(case.floors)}
+    for name in sorted(timings, key=lambda name: (order[found[name].floor], order.get(name, len(order)))):
+        timed, timing = found[name], timings[name]
+        floor = timings[timed.floor]
+        ratio = paired_ratio(floor, timing) if case.paired else floor.median / timing.median
         measured = {
             "case": case.name,
             "provider": name,
-            "floor": floor_name,
+            "floor": timed.floor,
             "device": device_name(device),
             "threads": torch.get_num_threads() if device.type == "cpu" else "",
             "dtype": dtype,
             "shape": shape,
-            "bytes": sizes[name],
+            "bytes": filled(timed.bytes),
             "repeats": repeats,
             "calls": timing.calls,
             "median_ms": f"{timing.median * 1e3:.4g}",
             "q20_ms": f"{timing.q20 * 1e3:.4g}",
             "q80_ms": f"{timing.q80 * 1e3:.4g}",
-            "gb_per_s": f"{sizes[name] / timing.median / 1e9:.4g}",
-            "floor_ratio": f"{timings[floor_name].median / timing.median:.3f}",
+            "gb_per_s": "" if timed.bytes is None else f"{timed.bytes / timing.median / 1e9:.4g}",
+            "floor_ratio": f"{ratio:.3f}" if ratio >= 0.1 else f"{ratio:.3g}",
+            "peak_bytes": filled(timed.peak_bytes),
+            "booked_bytes": filled(timed.booked_bytes),
         }
         rows.append({column: str(value) for column, value in {**measured, **versions()}.items()})
     for line in block(rows, sys.stdout):
         print(line, flush=True)
     return rows
+
+
+def filled(count: int | None) -> str:
+    return "" if count is None else str(count)
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

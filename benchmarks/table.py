@@ -1,25 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the README's table of results: ``python benchmarks/table.py [--readme README.md] benchmarks/results/*.csv``.
+"""Makes the tables of results: ``python benchmarks/table.py [--write README.md ...] benchmarks/results/*.csv``.
 
-Without ``--readme`` it is printed. All figures are medians.
+A table stands between the markers of its suite in a file; without ``--write`` all are printed. Figures are medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from wavedp.benchmarks.report import short
 
 Row = dict[str, str]
 BEGIN, END = "<!-- benchmarks: made by benchmarks/table.py -->", "<!-- end of benchmarks -->"
+BEGINNINGS = {"wavelet": BEGIN, "dp": "<!-- benchmarks dp: made by benchmarks/table.py -->"}  # by suite
 UNMEASURED = "Nothing is measured yet: `make bench` fills this in."
 COMPILED, CONVOLUTION = "torch.compile", "F.conv2d"
 OURS, OURS_OUT = "wavedp", "wavedp, out="
-SMALL_FLOOR = "torch.mul"
+SMALL_FLOOR, STEP_FLOOR = "torch.mul", "non-private"
 LEGEND = (
     "Milliseconds, medians. In brackets, for `wavedp`: the rate relative to the floor on its left, 1.00 moves bytes as "
     "fast as that does; for others: how many times longer they take than `wavedp` with fresh results."
+)
+
+STEP_LEGEND = (
+    f"Training steps: how many times as long a step takes as `{STEP_FLOOR}`, the median of the ratios within a repeat, "
+    "and memory at the peak above the idle process. The last column is what book-keeping holds: the gradients of the "
+    "layers' outputs. Functions: milliseconds, and as in the README's table the rate relative to the floor, or how "
+    "many times longer than `wavedp`."
 )
 
 
@@ -44,9 +54,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [LEGEND]
     for device, threads in distinct(rows, "device", "threads"):
         here = [row for row in rows if (row["device"], row["threads"]) == (device, threads)]
-        about = [f"{threads} threads"] if threads else []
-        about += [f"torch {here[0]['torch']}", here[0]["date"]]
-        lines += ["", f"**{device}**, {', '.join(about)}:", ""]
+        lines += ["", f"**{device}**, {about(here)}:", ""]
         large, small = ([row for row in here if (row["floor"] == SMALL_FLOOR) == wanted] for wanted in (False, True))
         if large:
             lines += large_table(large)
@@ -55,6 +63,12 @@ def markdown(rows: Sequence[Row]) -> str:
         if small:
             lines += small_table(small)
     return "\n".join(lines)
+
+
+def about(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    threads = [f"{first['threads']} threads"] if first["threads"] else []
+    return ", ".join([*threads, f"torch {first['torch']}", first["date"]])
 
 
 def large_table(rows: Sequence[Row]) -> list[str]:
@@ -142,30 +156,123 @@ def rival_cell(row: Row | None, ours: Row | None) -> str:
     return row["median_ms"] + (f" ({milliseconds(row) / milliseconds(ours):.1f})" if ours else "")
 
 
-def replaced(text: str, table: str) -> str:
-    """``text`` with what stands between the markers replaced.
+def private_markdown(rows: Sequence[Row]) -> str:
+    """For each device a table of training steps and one of the functions."""
+    if not rows:
+        return UNMEASURED
+    lines = [STEP_LEGEND]
+    for device, threads in distinct(rows, "device", "threads"):
+        here = [row for row in rows if (row["device"], row["threads"]) == (device, threads)]
+        steps, functions = ([row for row in here if (row["floor"] == STEP_FLOOR) == kind] for kind in (True, False))
+        lines += ["", f"**{device}**, {about(here)}:", ""]
+        if steps:
+            lines += step_table(steps)
+        if steps and functions:
+            lines += [""]
+        if functions:
+            lines += function_table(functions)
+    return "\n".join(lines)
+
+
+def step_table(rows: Sequence[Row]) -> list[str]:
+    """A line for each model, a column for each trainer."""
+    trainers = [name for (name,) in distinct(rows, "provider") if name != STEP_FLOOR]
+    lines = [
+        f"| model | batch | {STEP_FLOOR} | {' | '.join(f'`{name}`' for name in trainers)} | output gradients |",
+        "|---" * (len(trainers) + 4) + "|",
+    ]
+    for case, shape, dtype in distinct(rows, "case", "shape", "dtype"):
+        key = (case, shape, dtype)
+        here = {row["provider"]: row for row in rows if (row["case"], row["shape"], row["dtype"]) == key}
+        floor = here[STEP_FLOOR]
+        cells = [f"`{case}`", f"{shape} {dtype}", f"{floor['median_ms']} ms{megabytes(floor['peak_bytes'])}"]
+        cells += [step_cell(here.get(name)) for name in trainers]
+        cells += [megabytes(floor["booked_bytes"]).removeprefix(", ")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def step_cell(row: Row | None) -> str:
+    if row is None:
+        return "raises"
+    times = f"{1 / float(row['floor_ratio']):.2f}"
+    return (f"**{times}**" if row["provider"] == OURS else times) + megabytes(row["peak_bytes"])
+
+
+def megabytes(count: str) -> str:
+    return f", {int(count) / 1e6:.0f} MB" if count else ""
+
+
+def function_table(rows: Sequence[Row]) -> list[str]:
+    """A line for each function and input: the floor, this package, and the best of the rest."""
+    lines = ["| function | input | floor, ms | `wavedp`, ms | best other, ms |", "|---" * 5 + "|"]
+    for case, shape, dtype in distinct(rows, "case", "shape", "dtype"):
+        key = (case, shape, dtype)
+        here = [row for row in rows if (row["case"], row["shape"], row["dtype"]) == key]
+        ours = next((row for row in here if row["provider"] == OURS), None)
+        floor = next(row for row in here if row["provider"] == row["floor"])
+        others = [row for row in here if row not in (ours, floor) and not row["provider"].startswith("mm of")]
+        best = min(others, key=milliseconds, default=None)
+        cells = [f"`{case}`", f"{shape} {dtype}", floor_cell(floor), function_cell(ours)]
+        cells += [rival_cell(best, ours) + (f" {best['provider']}" if best else "")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def function_cell(row: Row | None) -> str:
+    """Small ratios too: norms compute more than they read."""
+    return f"**{row['median_ms']}** ({short(float(row['floor_ratio']))})" if row else ""
+
+
+def replaced(text: str, table: str, suite: str = "wavelet") -> str:
+    """``text`` with what stands between the markers of ``suite`` replaced.
 
     Raises:
         ValueError: a marker is missing.
     """
-    before, begin, rest = text.partition(BEGIN)
+    before, begin, rest = text.partition(BEGINNINGS[suite])
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the markers {BEGIN} and {END} are not both there")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+        raise ValueError(f"the markers {BEGINNINGS[suite]} and {END} are not both there")
+    return f"{before}{begin}\n\n{table}\n\n{END}{after}"
+
+
+def tables(paths: Iterable[Path]) -> dict[str, str]:
+    """Every suite's table, of those of the files that are its own, ``<suite>-<device>.csv``."""
+    paths = list(paths)
+    makers = {"wavelet": markdown, "dp": private_markdown}
+    return {
+        suite: make(read(path for path in paths if path.name.partition("-")[0] == suite))
+        for suite, make in makers.items()
+    }
+
+
+def written(text: str, made: Mapping[str, str]) -> str:
+    """``text`` with the table of each suite whose marker it has.
+
+    Raises:
+        ValueError: it has none.
+    """
+    suites = [suite for suite, begin in BEGINNINGS.items() if begin in text]
+    if not suites:
+        raise ValueError(f"none of the markers {', '.join(BEGINNINGS.values())} is there")
+    for suite in suites:
+        text = replaced(text, made[suite], suite)
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, metavar="CSV")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="write the table between the markers in this file")
+    parser.add_argument(
+        "--write", action="append", default=[], type=Path, metavar="FILE", help="write between the markers in this file"
+    )
     arguments = parser.parse_args()
-    table = markdown(read(arguments.results))
-    if arguments.readme is None:
-        print(table)
-    else:
-        text = arguments.readme.read_text(encoding="utf-8")
-        arguments.readme.write_text(replaced(text, table), encoding="utf-8")
+    made = tables(arguments.results)
+    for file in arguments.write:
+        file.write_text(written(file.read_text(encoding="utf-8"), made), encoding="utf-8")
+    if not arguments.write:
+        print("\n\n".join(made.values()))
 
 
 if __name__ == "__main__":

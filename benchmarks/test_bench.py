@@ -14,37 +14,36 @@ import pytest
 import torch
 
 from wavedp.benchmarks.cases import SUITES
-from wavedp.benchmarks.registry import Case, Size, check, poisoned, result_dtype
+from wavedp.benchmarks.registry import Benchmark, Case
 
 SHAPE = (16, 3, 256, 256)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def size_of(case: Case) -> Size:
+def sizes_of(suite: str, case: Benchmark) -> tuple[Any, Any]:
+    """What is timed, and what is cheap, for the names of the providers."""
     first = case.sizes[DEVICE.type][0]
-    return first if case.name.startswith("small-") else dataclasses.replace(first, shape=SHAPE)
+    if suite != "wavelet" or case.name.startswith("small-"):
+        return first, (case.sizes["quick"] or [first])[0]
+    size = dataclasses.replace(first, shape=SHAPE)
+    return size, dataclasses.replace(size, shape=(*SHAPE[:2], 32, 32))
 
 
 def providers() -> Iterator[Any]:
-    for case in (case for cases in SUITES.values() for case in cases):
-        size = size_of(case)
-        cheap = dataclasses.replace(size, shape=(*size.shape[:2], 32, 32))  # only for the names
-        for name in case.providers(cheap, DEVICE):
-            yield pytest.param(case, name, id=f"{case.name}-{name}")
+    for suite, cases in SUITES.items():
+        for case in (case for case in cases if case.sizes[DEVICE.type]):
+            size, cheap = sizes_of(suite, case)
+            for name in case.providers(cheap, DEVICE):
+                yield pytest.param(case, size, name, id=f"{case.name}-{name}")
 
 
 @pytest.mark.benchmark(max_time=0.2)
-@pytest.mark.parametrize(("case", "name"), list(providers()))
-def test_throughput(benchmark: Any, case: Case, name: str) -> None:
-    size = size_of(case)
-    torch.compiler.reset()
-    provider = case.providers(size, DEVICE)[name]
-    inputs = case.inputs(size, DEVICE)
-    expected, results = case.expected(size, *(x.double() for x in inputs)), result_dtype(size.dtype)
-    out = poisoned(expected, results)
-    timed = provider.prepare(inputs, out)
-    result = timed()
-    check(f"{case.name}, {name}", out if provider.writes_out else provider.unpack(result), expected, results)
+@pytest.mark.parametrize(("case", "size", "name"), list(providers()))
+def test_throughput(benchmark: Any, case: Benchmark, size: Any, name: str) -> None:
+    found = case.timed(size, DEVICE, quick=not isinstance(case, Case), only=name)  # memory is run.py's to measure
+    if name not in found:
+        pytest.skip(f"{name} does not take {case.name}")
+    timed = found[name].call
 
     def call() -> None:
         timed()
