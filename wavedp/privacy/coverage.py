@@ -196,7 +196,7 @@ def _refuse_derived_weights(name: str, module: nn.Module) -> None:
     kinds = {type(hook).__name__ for hook in hooks} & {"WeightNorm", "SpectralNorm"}
     if is_parametrized(module):
         derived = sorted(module.parametrizations)  # type: ignore[arg-type]
-        steps = (step for key in derived for step in module.parametrizations[key])  # type: ignore[index,union-attr]
+        steps = (step for key in derived for step in module.parametrizations[key])  # type: ignore[index]
         kinds |= {type(step).__name__.lstrip("_") for step in steps}
         remedy = "torch.nn.utils.parametrize.remove_parametrizations"
     else:

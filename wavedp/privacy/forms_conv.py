@@ -50,7 +50,8 @@ class Geometry:
 
     def output_rows(self, g: Tensor) -> Tensor:
         """Return ``[B, groups, places, outputs / groups]`` of ``[B, outputs, *places]``."""
-        return g.flatten(2).unflatten(1, (self.groups, -1)).mT
+        grouped: Tensor = g.flatten(2).unflatten(1, (self.groups, -1))
+        return grouped.mT
 
 
 class Convolution:
