@@ -120,7 +120,8 @@ def linear() -> nn.Linear:
 class Measured:
     """What a book makes of a batch, against a loop over its records in float64."""
 
-    error: float  # of the clipped sum, relative
+    error: float  # of the clipped sum in float64, relative
+    single_error: float  # in float32
     largest: float  # contribution of one record to the sum, in units of C, in float32 and float64
     clipped: int  # records whose gradient was longer than C
     sums: dict[str, Tensor]
@@ -145,6 +146,7 @@ def measure(
     expected = dict(zip(grads, clip_and_sum(list(grads.values()), bound)))
 
     largest = 0.0
+    errors: list[float] = []
     sums: dict[str, Tensor] = {}
     for dtype in (torch.float32, torch.float64):
         subject = copy.deepcopy(model).to(dtype)
@@ -160,13 +162,17 @@ def measure(
                 norm = torch.stack([total.double().square().sum() for total in alone.values()]).sum().sqrt()
                 largest = max(largest, float(norm) / bound)
             sums = book.clipped_sums(losses(subject, *data), clipping, sample_id=sample_id)
+        errors.append(distance(sums, expected))
+    single, double = errors
+    return Measured(double, single, largest, int((norms > bound).sum()), sums)
+
+
+def distance(sums: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The distance of all sums from what is expected, relative to its length; a missing sum is zero."""
     assert set(sums) <= set(expected)
     scale = torch.stack([total.square().sum() for total in expected.values()]).sum().sqrt()
-    distance = torch.stack(
-        [(sums.get(name, torch.zeros_like(total)) - total).square().sum() for name, total in expected.items()]
-    )
-    error = float(distance.sum().sqrt() / scale) if scale > 0 else float(distance.sum().sqrt())
-    return Measured(error, largest, int((norms > bound).sum()), sums)
+    parts = [(sums.get(name, torch.zeros_like(total)) - total).square().sum() for name, total in expected.items()]
+    return float(torch.stack(parts).sum().sqrt() / (scale if scale > 0 else 1.0))
 
 
 def loop_over_records(

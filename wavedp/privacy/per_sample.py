@@ -157,7 +157,7 @@ class TiedEmbedding:
         e, h = self._embedding, self._linear
         total = e.squared_norms() + h.squared_norms() + 2.0 * self._cross()
         # The cross term's own rounding is within a share of the two norms' product.
-        slack = e.squared_norms().sqrt() * h.squared_norms().sqrt() * (math.sqrt(NORM_ROUNDING[torch.float32]) / 64)
+        slack = e.squared_norms().sqrt() * h.squared_norms().sqrt() * (math.sqrt(NORM_ROUNDING[h._dtype]) / 64)
         return total.clamp_min(0.0) + slack
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
