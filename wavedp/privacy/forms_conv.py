@@ -39,14 +39,19 @@ class Geometry:
     groups: int
 
     def patches(self, x: Tensor) -> Tensor:
-        """Return ``[B, groups, places, inputs / groups * kernel]`` of ``[B, inputs, *axes]``."""
+        """Return ``[B, groups, places, kernel * inputs / groups]`` of ``[B, inputs, *axes]``."""
         x = F.pad(x, tuple(chain.from_iterable((p, p) for p in reversed(self.padding))))
+        # Channels last: a patch is cut out in runs of all its channels, several times faster than number by number.
+        x = x.unflatten(1, (self.groups, self.weight_shape[1])).movedim(2, -1).contiguous()
         for axis, (size, step, spread) in enumerate(zip(self.weight_shape[2:], self.stride, self.dilation), start=2):
             x = x.unfold(axis, (size - 1) * spread + 1, step)[..., ::spread]
-        axes = len(self.stride)
-        x = x.unflatten(1, (self.groups, self.weight_shape[1]))  # [B, groups, inputs, *places, *kernel]
-        x = x.movedim(2, 2 + axes)
-        return x.flatten(2 + axes).flatten(2, 1 + axes)
+        axes = len(self.stride)  # [B, groups, *places, inputs, *kernel]
+        return x.movedim(2 + axes, -1).flatten(2 + axes).flatten(2, 1 + axes)
+
+    def weights(self, products: Tensor) -> Tensor:
+        """Return ``[B, *weight]`` of ``[B, groups, outputs / groups, kernel * inputs / groups]``."""
+        outputs, inputs, *kernel = self.weight_shape
+        return products.reshape(-1, outputs, *kernel, inputs).movedim(-1, 2)
 
     def output_rows(self, g: Tensor) -> Tensor:
         """Return ``[B, groups, places, outputs / groups]`` of ``[B, outputs, *places]``."""
@@ -106,7 +111,7 @@ class Convolution:
 
     def materialised(self) -> Tensor:
         shape = self.geometry.weight_shape
-        parts = [(g.mT.to(self._dtype) @ a.to(self._dtype)).reshape(-1, *shape) for a, g in self._rows()]
+        parts = [self.geometry.weights(g.mT.to(self._dtype) @ a.to(self._dtype)) for a, g in self._rows()]
         return torch.cat(parts) if parts else self.g.new_zeros(0, *shape, dtype=self._dtype)
 
     def by_record(self, record: Tensor, records: int) -> "Convolution":

@@ -3,12 +3,12 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavedp.privacy.forms_conv import Convolution, Geometry
 from wavedp.privacy.layers import Call, Tap, detached
+from wavedp.privacy.layers_norm import sum_by_channel
 from wavedp.privacy.per_sample import Materialised, PerSampleGradient
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -47,7 +47,7 @@ class ConvolutionRule:
         if layer.weight.requires_grad:
             gradients["weight"] = Convolution(call.inputs, call.output_grads, _geometry(layer))
         if layer.bias is not None and layer.bias.requires_grad:
-            gradients["bias"] = Materialised(call.output_grads.flatten(2).sum(2, dtype=torch.float64))
+            gradients["bias"] = Materialised(sum_by_channel(call.output_grads))
         return gradients
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wavedp.privacy.clipping import accumulation_dtype
 from wavedp.privacy.layers import Call, Tap, detached
 from wavedp.privacy.per_sample import Materialised, PerSampleGradient
 
@@ -36,13 +37,13 @@ class GroupNormRule:
         return groups
 
     def gradients(self, layer: Any, use: str, call: Call) -> dict[str, PerSampleGradient]:
-        x, g = (y.to(torch.promote_types(y.dtype, torch.float32)) for y in call)
+        x, g = (y.to(accumulation_dtype(y.dtype)) for y in call)
         gradients: dict[str, PerSampleGradient] = {}
         if layer.weight is not None and layer.weight.requires_grad:
             normalised = torch.group_norm(x, self.groups(layer), eps=layer.eps)
-            gradients["weight"] = Materialised(_by_channel(g * normalised))
+            gradients["weight"] = Materialised(sum_by_channel(g * normalised))
         if layer.bias is not None and layer.bias.requires_grad:
-            gradients["bias"] = Materialised(_by_channel(g))
+            gradients["bias"] = Materialised(sum_by_channel(g))
         return gradients
 
 
@@ -68,6 +69,7 @@ class InstanceNormRule(GroupNormRule):
         return layer.num_features
 
 
-def _by_channel(x: Tensor) -> Tensor:
-    """``[B, C, ...]`` to ``[B, C]``, in float64."""
-    return x.flatten(2).sum(2, dtype=torch.float64) if x.ndim > 2 else x.double()
+def sum_by_channel(x: Tensor) -> Tensor:
+    """``[B, C, ...]`` to ``[B, C]``; float32, or float64 for float64."""
+    dtype = accumulation_dtype(x.dtype)
+    return x.flatten(2).sum(2, dtype=dtype) if x.ndim > 2 else x.to(dtype)
