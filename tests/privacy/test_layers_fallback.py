@@ -235,6 +235,16 @@ def test_lora_by_peft(measured: Make, caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), Scale()], ids=lambda model: type(model).__name__)
+def test_a_model_that_is_one_layer_is_looked_at_in_plain_backwards(model: nn.Module) -> None:
+    heard: list[Any] = []
+    with GradientBook(model, listener=heard.append) as book:
+        model(torch.randn(4, 3)).square().mean().backward()
+        (bookings,) = heard
+        assert bookings.records == 4
+        assert set(book.clip(bookings, FlatClipping(1.0))) == {name for name, _ in model.named_parameters()}
+
+
 # Refused
 
 

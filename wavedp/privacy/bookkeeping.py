@@ -65,9 +65,12 @@ class GradientBook:
         self._load_hooks = [m.register_load_state_dict_post_hook(self._on_load) for m in model.modules()]
         for name, layer in self._in_layers.items():
             vars(layer)["forward"] = types.MethodType(self._tapped_forward(name), layer)
-        self._is_outer = "forward" not in vars(model)
-        if self._is_outer:
-            vars(model)["forward"] = types.MethodType(self._model_forward, model)
+        self._run = self._tapped_forward("") if "" in self._in_layers else type(model).forward
+
+        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:  # a method of a method confuses torch.compile
+            return self._model_forward(model, *args, **kwargs)
+
+        vars(model)["forward"] = types.MethodType(forward, model)
 
     def __enter__(self) -> "GradientBook":
         return self
@@ -148,12 +151,13 @@ class GradientBook:
 
     def _model_forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward, with functional uses of its parameters booked."""
-        run = type(model).forward
-        if model is not self.model or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return run(model, *args, **kwargs)
+        if model is not self.model or not torch.is_grad_enabled():
+            return type(model).forward(model, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._run(model, *args, **kwargs)
         self._anchors.clear()
         with FunctionalUses(self.parameters, self._tap_functional):
-            output = run(model, *args, **kwargs)
+            output = self._run(model, *args, **kwargs)
         if self._listener is not None:
             self._look_at(output)
         return output
