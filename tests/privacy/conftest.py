@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small transformer with every supported layer, its per-record gradients by torch.func, and a specification."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from wavedp.privacy import PrivacySpec
+from wavedp.privacy import FlatClipping, GradientBook, PrivacySpec, clip_and_sum
 
 VOCABULARY, WIDTH, TOKENS, CLASSES = 13, 8, 6, 4
 
@@ -112,3 +114,83 @@ def spec() -> Callable[..., PrivacySpec]:
 def linear() -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(3, 2)
+
+
+@dataclass
+class Measured:
+    """What a book makes of a batch, against a loop over its records in float64."""
+
+    error: float  # of the clipped sum in float64, relative
+    single_error: float  # in float32
+    largest: float  # contribution of one record to the sum, in units of C, in float32 and float64
+    clipped: int  # records whose gradient was longer than C
+    sums: dict[str, Tensor]
+
+
+def measure(
+    model: nn.Module,  # in float64
+    losses: Callable[..., Tensor],  # (model, *batch) -> [B]
+    batch: tuple[Tensor, ...],  # each [B, ...]
+    *,
+    sample_id: Tensor | None = None,  # [B]
+    bound: float | None = None,  # the median record's gradient norm if None
+) -> Measured:
+    """Clip and sum by a GradientBook and by the definition, and look at every record's contribution alone."""
+    records = torch.arange(len(batch[0])) if sample_id is None else torch.unique(sample_id, return_inverse=True)[1]
+    rows_of = [torch.nonzero(records == record).flatten() for record in range(int(records.max()) + 1)]
+    grads = loop_over_records(model, losses, batch, rows_of)
+    norms = torch.stack([grad.reshape(len(grad), -1).square().sum(1) for grad in grads.values()]).sum(0).sqrt()
+    bound = float(norms.median()) if bound is None else bound
+    bound = bound if bound > 0 else 1.0
+    clipping = FlatClipping(bound)
+    expected = dict(zip(grads, clip_and_sum(list(grads.values()), bound)))
+
+    largest = 0.0
+    errors: list[float] = []
+    sums: dict[str, Tensor] = {}
+    for dtype in (torch.float32, torch.float64):
+        subject = copy.deepcopy(model).to(dtype)
+        data = tuple(part.to(dtype) if part.is_floating_point() else part for part in batch)
+        with GradientBook(subject) as book:
+            for rows in rows_of:
+                own = torch.zeros(len(rows), dtype=torch.int64)
+                alone = book.clipped_sums(
+                    losses(subject, *(part[rows] for part in data)),
+                    clipping,
+                    sample_id=None if sample_id is None else own,
+                )
+                norm = torch.stack([total.double().square().sum() for total in alone.values()]).sum().sqrt()
+                largest = max(largest, float(norm) / bound)
+            sums = book.clipped_sums(losses(subject, *data), clipping, sample_id=sample_id)
+        errors.append(distance(sums, expected))
+    single, double = errors
+    return Measured(double, single, largest, int((norms > bound).sum()), sums)
+
+
+def distance(sums: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The distance of all sums from what is expected, relative to its length; a missing sum is zero."""
+    assert set(sums) <= set(expected)
+    scale = torch.stack([total.square().sum() for total in expected.values()]).sum().sqrt()
+    parts = [(sums.get(name, torch.zeros_like(total)) - total).square().sum() for name, total in expected.items()]
+    return float(torch.stack(parts).sum().sqrt() / (scale if scale > 0 else 1.0))
+
+
+def loop_over_records(
+    model: nn.Module, losses: Callable[..., Tensor], batch: tuple[Tensor, ...], rows_of: list[Tensor]
+) -> dict[str, Tensor]:
+    """Every record's gradient [records, *parameter], by one backward pass for each: the mean loss of its rows."""
+    subject = copy.deepcopy(model)
+    grads: dict[str, list[Tensor]] = {name: [] for name, p in subject.named_parameters() if p.requires_grad}
+    for rows in rows_of:
+        subject.zero_grad()
+        losses_of_record = [losses(subject, *(part[row : row + 1] for part in batch)).sum() for row in rows.tolist()]
+        torch.stack(losses_of_record).mean().backward()
+        for name, parameter in subject.named_parameters():
+            if parameter.requires_grad:
+                grads[name].append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone())
+    return {name: torch.stack(rows) for name, rows in grads.items()}
+
+
+@pytest.fixture(scope="session")
+def measured() -> Callable[..., Measured]:
+    return measure

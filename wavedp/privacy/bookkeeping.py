@@ -65,9 +65,7 @@ class GradientBook:
         self._load_hooks = [m.register_load_state_dict_post_hook(self._on_load) for m in model.modules()]
         for name, layer in self._in_layers.items():
             vars(layer)["forward"] = types.MethodType(self._tapped_forward(name), layer)
-        self._is_outer = "forward" not in vars(model)
-        if self._is_outer:
-            vars(model)["forward"] = types.MethodType(self._watched_forward(), model)
+        vars(model)["forward"] = types.MethodType(self._watched_forward(), model)
 
     def __enter__(self) -> "GradientBook":
         return self
@@ -145,16 +143,16 @@ class GradientBook:
     def _watched_forward(self) -> Callable[..., Any]:
         """The model's own forward, with functional uses of its parameters booked."""
         watched = self.model
+        booked = self._tapped_forward("") if "" in self._layers else type(watched).forward
 
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            run = type(model).forward
             if model is not watched or not torch.is_grad_enabled():
-                return run(model, *args, **kwargs)
+                return type(model).forward(model, *args, **kwargs)
             if torch.compiler.is_compiling():
-                return self._look_compiled(run(model, *args, **kwargs))
+                return self._look_compiled(booked(model, *args, **kwargs))
             self._anchors.clear()
             with FunctionalUses(self.parameters, self._tap_functional):
-                output = run(model, *args, **kwargs)
+                output = booked(model, *args, **kwargs)
             if self._listener is not None:
                 self._look_at(output)
             return output

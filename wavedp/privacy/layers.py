@@ -39,11 +39,13 @@ class Tap(Protocol):
 class LayerRule(Protocol):
     """How one layer type is run and differentiated per record. ``layer`` is always of the rule's own type."""
 
-    parameters: frozenset[str] | None
-    """Names of the parameters that the rule differentiates; a layer that trains others is refused. None: all."""
+    @property
+    def parameters(self) -> frozenset[str] | None:
+        """Names of the parameters that the rule differentiates; a layer that trains others has no rule. None: all."""
 
-    covers_children: bool
-    """Whether the rule stands for the layer's whole subtree; names are then dotted, as in named_parameters."""
+    @property
+    def covers_children(self) -> bool:
+        """Whether the rule stands for the layer's whole subtree; names are then dotted, as in named_parameters."""
 
     def refusal(self, layer: Any) -> str | None:
         """Return why this layer's settings are not supported and what to do, or ``None``."""

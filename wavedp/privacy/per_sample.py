@@ -6,7 +6,7 @@ norm, and the sum over records weighted by clipping factors. A factor of 0 takes
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ class OuterProducts:
 
     def by_record(self, record: Tensor, records: int) -> "OuterProducts":
         # The tokens of all rows of a record stand one after another, those of missing rows being zero.
-        index, missing = _places(record, records)
+        index, missing = places_of_records(record, records)
         a, g = (x[index].masked_fill_(missing[:, :, None, None], 0).flatten(1, 2) for x in (self.a, self.g))
         return OuterProducts(a, g)
 
@@ -143,7 +143,7 @@ class RowScatter:
         return dense.scatter_add_(1, self.ids[..., None].expand_as(g), g)
 
     def by_record(self, record: Tensor, records: int) -> "RowScatter":
-        index, missing = _places(record, records)
+        index, missing = places_of_records(record, records)
         ids = self.ids[index].flatten(1, 2)
         g = self.g[index].masked_fill_(missing[:, :, None, None], 0).flatten(1, 2)
         return RowScatter(ids, g, self.num_rows, None if self.padding < 0 else self.padding)
@@ -199,6 +199,11 @@ def combined(forms: Sequence[PerSampleGradient]) -> PerSampleGradient:
         if linear is None or embedding is None:
             return linear or embedding or forms[0]
         return TiedEmbedding(embedding, linear)
+    kind: Any = type(forms[0])
+    if hasattr(kind, "joined") and all(type(form) is kind for form in forms):
+        joined: PerSampleGradient | None = kind.joined(forms)
+        if joined is not None:
+            return joined
     return Materialised(torch.stack([form.materialised().double() for form in forms]).sum(0))
 
 
@@ -216,7 +221,7 @@ def _joined_scatters(forms: Sequence[RowScatter]) -> RowScatter:
     return RowScatter(ids, g, forms[0].num_rows, None if forms[0].padding < 0 else forms[0].padding)
 
 
-def _places(record: Tensor, records: int) -> tuple[Tensor, Tensor]:
+def places_of_records(record: Tensor, records: int) -> tuple[Tensor, Tensor]:
     """For every record its rows ``[records, K]``, and which of these places are empty."""
     counts = torch.bincount(record, minlength=records)
     order = torch.argsort(record, stable=True)

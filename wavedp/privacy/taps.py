@@ -126,8 +126,9 @@ def exact_arithmetic() -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
         if hasattr(torch.backends, "fp32_precision"):  # torch >= 2.9
-            backends: tuple[Any, Any] = (torch.backends.cuda, torch.backends.mkldnn)
-            for flags in (backend.matmul for backend in backends):
+            backends: Any = torch.backends
+            products = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.mkldnn.conv)
+            for flags in products:
                 stack.callback(setattr, flags, "fp32_precision", flags.fp32_precision)
                 flags.fp32_precision = "ieee"
         else:
