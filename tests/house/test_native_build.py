@@ -162,6 +162,7 @@ def test_objects_of_an_instruction_set_share_no_code(tree: Path) -> None:
             "embedding_norms",
             "embedding_weight_grad",
             "norm_grads",
+            "scale_records",
             "squared_norms",
             "weighted_sum",
         ),
