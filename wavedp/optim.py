@@ -26,12 +26,14 @@ from torch import Tensor
 from wavedp.noise import NoiseKey, grid_of, secret_of
 from wavedp.ops.noise_step import ADAM, SGD, StepConstants, StepTensor, noise_step
 
-__all__ = ["DPSGD", "DPAdam", "DPAdamW"]
+__all__ = ["DPSGD", "DPAdam", "DPAdamW", "PrivateStep"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class _PrivateStep(torch.optim.Optimizer):
+class PrivateStep(torch.optim.Optimizer):
+    """What the three have in common: :meth:`step`. Learning-rate schedulers and state_dicts are torch's."""
+
     _rule: int
     _moments: tuple[str, ...]  # names in the state, those of torch
 
@@ -139,7 +141,7 @@ class _PrivateStep(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-class DPSGD(_PrivateStep):
+class DPSGD(PrivateStep):
     """As :class:`torch.optim.SGD` in its rule, its arguments and its state; :meth:`step` takes clipped sums.
 
     Raises:
@@ -185,7 +187,7 @@ class DPSGD(_PrivateStep):
         return StepTensor(param, total, self._moment(param, "momentum_buffer"), None, None, constants)
 
 
-class DPAdam(_PrivateStep):
+class DPAdam(PrivateStep):
     """As :class:`torch.optim.Adam` in its rule, its arguments and its state; :meth:`step` takes clipped sums.
 
     Raises:

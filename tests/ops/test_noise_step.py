@@ -248,3 +248,13 @@ def test_what_does_not_fit_changes_nothing(arguments: dict[str, Any], error: typ
 def test_wrong_options(optimizer: Any, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         optimizer([torch.nn.Parameter(torch.ones(1))], **options)
+
+
+def test_a_scheduler_of_torchs_sets_the_rate() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = DPSGD([parameter], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for _ in range(3):
+        optimizer.step(sums=[torch.ones(3)], std=0.0, denominator=1.0)
+        scheduler.step()
+    assert parameter.tolist() == [-1.75] * 3
