@@ -24,7 +24,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-trapping-math"
+CXX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-trapping-math -fno-math-errno"
+)
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler=-fPIC,-fvisibility=hidden"
 ISA_FLAGS = {"baseline": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -38,6 +40,7 @@ DISPATCH = ["csrc/cpu/dispatch.cpp", "csrc/cpu/dispatch_per_sample.cpp", "csrc/c
 # product and a sum of theirs into one operation; norms are made of such operations.
 KERNELS = {
     "csrc/cpu/noise.cpp": "",
+    "csrc/cpu/noise_step.cpp": "",
     "csrc/cpu/wavelet.cpp": "",
     "csrc/cpu/wavelet_tokens.cpp": "",
     "csrc/cpu/per_sample_layers.cpp": "-ffp-contract=fast",

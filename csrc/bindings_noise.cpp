@@ -4,7 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstring>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
@@ -76,6 +79,53 @@ void noisy_mean(uintptr_t key, uint32_t step, uint64_t offset, uintptr_t total, 
   wavedp::noisy_mean_cpu(job, threads);
 }
 
+// Of every parameter: addresses of parameter, sum and the three moments, and its size.
+using StepAddresses = std::array<uintptr_t, 5>;
+
+void noise_step(uintptr_t key, uint32_t step, uint64_t offset, int rule, bool wide, double std, double grid,
+                double divisor, const std::vector<StepAddresses>& addresses,
+                const std::vector<int64_t>& sizes, const std::vector<std::pair<int, int>>& dtypes,
+                const std::vector<std::array<double, wavedp::kStepConstants>>& constants, int threads) {
+  wavedp::check_range("threads", threads, 1, INT32_MAX);
+  wavedp::check_range("rule", rule, 0, 1);
+  check_positive("divisor", divisor);
+  if (std != 0) check_positive("std", std);
+  if (grid != 0) check_positive("grid", grid);
+  const std::size_t count = addresses.size();
+  if (sizes.size() != count || dtypes.size() != count || constants.size() != count) {
+    throw std::invalid_argument("addresses, sizes, dtypes and constants must be equally many");
+  }
+  std::vector<wavedp::StepTensor> tensors(count);
+  std::vector<int64_t> starts(count + 1, 0);
+  for (std::size_t t = 0; t < count; ++t) {
+    wavedp::check_range("a size", sizes[t], 0, kMostElements);
+    starts[t + 1] = starts[t] + sizes[t];
+    wavedp::check_range("the number of elements", starts[t + 1], 0, kMostElements);
+    wavedp::StepTensor& tensor = tensors[t];
+    const bool adam = rule == static_cast<int>(wavedp::StepRule::kAdam);
+    tensor.param = wavedp::checked_address("a parameter", addresses[t][0], sizes[t]);
+    tensor.dtype = wavedp::checked_dtype("a parameter's dtype", dtypes[t].first, DType::kFloat16);
+    tensor.total = reinterpret_cast<const void*>(addresses[t][1]);
+    tensor.total_dtype = wavedp::checked_dtype("a sum's dtype", dtypes[t].second, DType::kFloat64);
+    tensor.first = wavedp::checked_address("a first moment", addresses[t][2], adam ? sizes[t] : 0);
+    tensor.second = wavedp::checked_address("a second moment", addresses[t][3], adam ? sizes[t] : 0);
+    tensor.largest = reinterpret_cast<void*>(addresses[t][4]);
+    static_assert(sizeof tensor.constants == sizeof constants[t]);
+    std::memcpy(&tensor.constants, constants[t].data(), sizeof tensor.constants);
+  }
+  wavedp::NoiseStep job{};
+  job.stream = checked_stream(key, step, offset, starts[count]);
+  job.rule = static_cast<wavedp::StepRule>(rule);
+  job.wide = wide;
+  job.std = std;
+  job.grid = grid;
+  job.divisor = divisor;
+  job.tensors = tensors.data();
+  job.starts = starts.data();
+  job.count = static_cast<int64_t>(count);
+  wavedp::noise_step_cpu(job, threads);
+}
+
 }  // namespace
 
 void bind_noise(py::module_& m) {
@@ -85,4 +135,6 @@ void bind_noise(py::module_& m) {
   m.def("noisy_mean", &noisy_mean, "key_ptr"_a, "step"_a, "offset"_a, "total_ptr"_a, "total_dtype"_a,
         "out_ptr"_a, "out_dtype"_a, "wide"_a, "std"_a, "grid"_a, "divisor"_a, "count"_a, "threads"_a,
         unlocked);
+  m.def("noise_step", &noise_step, "key_ptr"_a, "step"_a, "offset"_a, "rule"_a, "wide"_a, "std"_a, "grid"_a,
+        "divisor"_a, "addresses"_a, "sizes"_a, "dtypes"_a, "constants"_a, "threads"_a, unlocked);
 }

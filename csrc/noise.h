@@ -54,7 +54,49 @@ struct NoisyMean {
   int64_t count;
 };
 
+enum class StepRule : int { kSgd, kAdam };
+
+// What a rule multiplies by; those that the other rule has are not read.
+struct StepConstants {
+  double sign;               // -1 to ascend
+  double l2;                 // gradient += l2 * parameter
+  double rate;               // parameter -= rate * direction
+  double keep_first, first;  // moment = keep * moment + new * gradient
+  double nesterov;           // kSgd: direction = nesterov * gradient + from_first * moment
+  double from_first;
+  double keep;  // kAdam: parameter *= keep, before
+  double keep_second, second;
+  double root_scale, eps;  // direction = moment / (root_scale * sqrt(second moment) + eps)
+};
+constexpr int kStepConstants = sizeof(StepConstants) / sizeof(double);
+
+// One contiguous parameter. Moments are of float32, or float64 for a parameter of float64.
+struct StepTensor {
+  void* param;
+  DType dtype;
+  const void* total;  // null: zero
+  DType total_dtype;
+  void* first;    // kSgd: null without momentum
+  void* second;   // kAdam
+  void* largest;  // kAdam: null without amsgrad
+  StepConstants constants;
+};
+
+// A step of an optimizer by the noisy mean of clipped sums; see NoisyMean. The tensors lie one after the
+// other in the stream, tensor t at starts[t] behind its offset. A call takes those of float64, where `wide`,
+// or the others.
+struct NoiseStep {
+  NoiseStream stream;
+  StepRule rule;
+  bool wide;
+  double std, grid, divisor;
+  const StepTensor* tensors;
+  const int64_t* starts;  // [count + 1]
+  int64_t count;
+};
+
 void chacha20_words_cpu(const ChachaWords& job, int threads);
 void noisy_mean_cpu(const NoisyMean& job, int threads);
+void noise_step_cpu(const NoiseStep& job, int threads);
 
 }  // namespace wavedp

@@ -48,7 +48,18 @@ _LAZY_ATTRIBUTES = {
     "CoarseToFinePipeline": "wavedp.pipeline",
     "CoarseToFineOutput": "wavedp.pipeline",
 }
-_LAZY_MODULES = ("compat", "data", "functional", "models", "ops", "pipeline", "privacy", "superres", "training")
+_LAZY_MODULES = (
+    "compat",
+    "data",
+    "functional",
+    "models",
+    "ops",
+    "optim",
+    "pipeline",
+    "privacy",
+    "superres",
+    "training",
+)
 
 __all__ = [
     "CoarseToFineOutput",

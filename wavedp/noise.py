@@ -6,11 +6,12 @@ They are public as ``wavedp.gaussian_noise`` and so on. Number ``i`` of the nois
 tensors part the range.
 """
 
+import contextlib
 import hashlib
 import math
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -341,15 +342,26 @@ def _draw(
 ) -> None:
     step = _integer(op, "step", step, most=2**32 - 1)
     offset = _integer(op, "offset", offset, most=2**63 - 1 - out.numel())
+    with secret_of(op, key) as secret:
+        ops.noisy_mean(total, std, grid, divisor, secret, step, offset, wide, out)
+
+
+@contextlib.contextmanager
+def secret_of(op: str, key: NoiseKey | None) -> Iterator[Tensor]:
+    """The bits of a key, or for ``None`` of a fresh one, which is wiped at the end: [32] uint8."""
     if key is not None and not isinstance(key, NoiseKey):
         raise TypeError(f"{op} takes a NoiseKey as key, not a {type(key).__name__}")
-    fresh = NoiseKey.from_os() if key is None else None
-    try:
-        secret = (key or fresh)._bytes()  # type: ignore[union-attr]
-        ops.noisy_mean(total, std, grid, divisor, secret, step, offset, wide, out)
-    finally:
-        if fresh is not None:
-            fresh.wipe()
+    if key is not None:
+        yield key._bytes()
+        return
+    with NoiseKey.from_os() as fresh:
+        yield fresh._bytes()
+
+
+def grid_of(op: str, std: Any, denominator: Any, grid: Any) -> tuple[float, float, float]:
+    """Deviation, denominator and grid of a noisy mean, checked."""
+    std = _real(op, "std", std)
+    return std, _real(op, "denominator", denominator, positive=True), _grid(op, grid, std)
 
 
 def _grid(op: str, grid: Any, std: float) -> float:

@@ -30,6 +30,7 @@ struct Isa {
   void (*wavelet_untokens)(const WaveletUntokens&, int64_t, int64_t);
   void (*chacha20_words)(const ChachaWords&, int64_t, int64_t);
   void (*noisy_mean)(const NoisyMean&, int64_t, int64_t);
+  void (*noise_step)(const NoiseStep&, int64_t, int64_t);
 };
 
 #ifdef WAVEDP_X86
@@ -43,7 +44,7 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 
 #define WAVEDP_UNITS(isa)                                                                           \
   isa::wavedec2_units, isa::waverec2_units, isa::wavelet_tokens_units, isa::wavelet_untokens_units, \
-      isa::chacha20_words_units, isa::noisy_mean_units
+      isa::chacha20_words_units, isa::noisy_mean_units, isa::noise_step_units
 
 const Isa kIsas[] = {// widest first
 #ifdef WAVEDP_X86
@@ -142,6 +143,11 @@ void chacha20_words_cpu(const ChachaWords& job, int threads) {
 void noisy_mean_cpu(const NoisyMean& job, int threads) {
   divide(unit_count(job), kSamplesPerNormal * job.count, threads,
          [&](int64_t begin, int64_t end) { chosen().noisy_mean(job, begin, end); });
+}
+
+void noise_step_cpu(const NoiseStep& job, int threads) {
+  divide(unit_count(job), kSamplesPerNormal * job.starts[job.count], threads,
+         [&](int64_t begin, int64_t end) { chosen().noise_step(job, begin, end); });
 }
 
 }  // namespace wavedp

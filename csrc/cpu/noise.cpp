@@ -13,14 +13,13 @@ void mean_stretch(const NoisyMean& job, const MeanRule& rule, int64_t element, i
   const Total* total = job.total ? static_cast<const Total*>(job.total) + element : nullptr;
   void* out = address_of(job.out, job.out_dtype, element);
   if (job.out_dtype == DType::kFloat64) {
-    return mean_of(rule, total, normals, count, static_cast<double*>(out), [](double x) { return x; });
+    return mean_of(rule, total, normals, count, static_cast<double*>(out));
   }
   if (job.out_dtype == DType::kFloat32) {
-    return mean_of(rule, total, normals, count, static_cast<float*>(out),
-                   [](double x) { return static_cast<float>(x); });
+    return mean_of(rule, total, normals, count, static_cast<float*>(out));
   }
   float odd[kChunkGroups * kGroupNormals];
-  mean_of(rule, total, normals, count, odd, rounded_to_odd);
+  mean_of<Odd>(rule, total, normals, count, odd);
   narrow_row(job.out_dtype, odd, count, out, false);
 }
 
@@ -28,12 +27,16 @@ template <class Normal>
 void mean_units(const NoisyMean& job, int64_t begin, int64_t end) {
   const MeanRule rule(job.std, job.grid, job.divisor);
   const int64_t starts[2] = {0, job.count};
-  over_elements<Normal>(job.stream, job.std > 0, starts, 1, begin, end,
-                        [&](int64_t, int64_t element, int64_t count, const Normal* normals) {
-                          job.total_dtype == DType::kFloat64
-                              ? mean_stretch<double>(job, rule, element, count, normals)
-                              : mean_stretch<float>(job, rule, element, count, normals);
-                        });
+  over_elements<Normal>(
+      job.stream, job.std > 0, {starts, 1}, begin, end,
+      [&](int64_t, int64_t element, int64_t count) {
+        if (job.total)
+          prefetch(address_of(job.total, job.total_dtype, element), count * size_of(job.total_dtype));
+      },
+      [&](int64_t, int64_t element, int64_t count, const Normal* normals) {
+        job.total_dtype == DType::kFloat64 ? mean_stretch<double>(job, rule, element, count, normals)
+                                           : mean_stretch<float>(job, rule, element, count, normals);
+      });
 }
 
 }  // namespace

@@ -17,6 +17,9 @@ static inline int64_t unit_count(const ChachaWords& job) {
   return (job.count + kBlockWords - 1) / kBlockWords;
 }
 static inline int64_t unit_count(const NoisyMean& job) { return group_count(job.stream, job.count); }
+static inline int64_t unit_count(const NoiseStep& job) {
+  return group_count(job.stream, job.starts[job.count]);
+}
 
 }  // namespace wavedp
 
@@ -24,6 +27,7 @@ static inline int64_t unit_count(const NoisyMean& job) { return group_count(job.
   namespace wavedp::isa {                                                        \
   void chacha20_words_units(const ChachaWords& job, int64_t begin, int64_t end); \
   void noisy_mean_units(const NoisyMean& job, int64_t begin, int64_t end);       \
+  void noise_step_units(const NoiseStep& job, int64_t begin, int64_t end);       \
   }
 
 #ifdef WAVEDP_ISA

@@ -18,8 +18,12 @@ namespace {
 
 // To the nearest integer, ties to even: float64 has no fractions from 2^52 on.
 inline double nearest_integer(double x) {
+#if defined(__AVX2__)
+  return __builtin_rint(x);
+#else
   const double magnitude = std::fabs(x), rounded = (magnitude + 0x1p52) - 0x1p52;
   return magnitude < 0x1p52 ? std::copysign(rounded, x) : x;
+#endif
 }
 
 // With an odd last bit where it is inexact, so that rounding it once more is as rounding `x` once (Boldo and
@@ -32,39 +36,68 @@ inline float rounded_to_odd(double x) {
   return bits_as<float>(back < x || back > x ? toward_zero | 1u : bits);
 }
 
-struct MeanRule {
-  double std, grid, per_grid, divisor;
-
-  MeanRule(double deviation, double step, double denominator)
-      : std(deviation), grid(step), per_grid(step > 0 ? 1 / step : 0), divisor(denominator) {}
+// How the mean becomes the result. float64 is divided; a narrower type takes a product with the reciprocal,
+// whose error in float64 is far below the rounding that follows, at a fraction of the time.
+struct Divided {
+  static double apply(double x, double divisor, double) { return x / divisor; }
+};
+struct Plain {
+  static float apply(double x, double, double reciprocal) { return static_cast<float>(x * reciprocal); }
+};
+struct Odd {
+  static float apply(double x, double, double reciprocal) { return rounded_to_odd(x * reciprocal); }
 };
 
-// Every way to make a mean: with or without a total, noise and a grid.
-template <bool kTotal, bool kNoise, bool kGrid, class Total, class Normal, class Out, class Narrow>
+struct MeanRule {
+  double std, grid, per_grid, divisor, reciprocal;
+
+  MeanRule(double deviation, double step, double denominator)
+      : std(deviation),
+        grid(step),
+        per_grid(step > 0 ? 1 / step : 0),
+        divisor(denominator),
+        reciprocal(1 / denominator) {}
+};
+
+template <bool kTotal, bool kNoise, bool kGrid, class Finish, class Total, class Normal, class Out>
 inline void mean_loop(const MeanRule& rule, const Total* total, const Normal* normals, int64_t count,
-                      Out* out, const Narrow& narrow) {
-  const double std = rule.std, grid = rule.grid, per_grid = rule.per_grid, divisor = rule.divisor;
+                      Out* out) {
+  const double std = rule.std, grid = rule.grid, per_grid = rule.per_grid;
+  const double divisor = rule.divisor, reciprocal = rule.reciprocal;
   WAVEDP_INDEPENDENT  // `out` may be `total`
       for (int64_t i = 0; i < count; ++i) {
     double x = kTotal ? double(total[i]) : 0.0;
     if constexpr (kNoise) x += std * double(normals[i]);
     if constexpr (kGrid) x = nearest_integer(x * per_grid) * grid;
-    out[i] = narrow(x / divisor);
+    out[i] = Finish::apply(x, divisor, reciprocal);
   }
 }
 
-template <class Total, class Normal, class Out, class Narrow>
-inline void mean_of(const MeanRule& rule, const Total* total, const Normal* normals, int64_t count, Out* out,
-                    const Narrow& narrow) {
+// With or without a total, noise and a grid.
+template <class Finish, class Total, class Normal, class Out>
+inline void mean_of(const MeanRule& rule, const Total* total, const Normal* normals, int64_t count,
+                    Out* out) {
   const bool noise = rule.std > 0, grid = noise && rule.grid > 0;
   if (!total) {
-    if (!noise) return mean_loop<false, false, false>(rule, total, normals, count, out, narrow);
-    if (!grid) return mean_loop<false, true, false>(rule, total, normals, count, out, narrow);
-    return mean_loop<false, true, true>(rule, total, normals, count, out, narrow);
+    if (!noise) return mean_loop<false, false, false, Finish>(rule, total, normals, count, out);
+    if (!grid) return mean_loop<false, true, false, Finish>(rule, total, normals, count, out);
+    return mean_loop<false, true, true, Finish>(rule, total, normals, count, out);
   }
-  if (!noise) return mean_loop<true, false, false>(rule, total, normals, count, out, narrow);
-  if (!grid) return mean_loop<true, true, false>(rule, total, normals, count, out, narrow);
-  return mean_loop<true, true, true>(rule, total, normals, count, out, narrow);
+  if (!noise) return mean_loop<true, false, false, Finish>(rule, total, normals, count, out);
+  if (!grid) return mean_loop<true, true, false, Finish>(rule, total, normals, count, out);
+  return mean_loop<true, true, true, Finish>(rule, total, normals, count, out);
+}
+
+template <class Total, class Normal>
+inline void mean_of(const MeanRule& rule, const Total* total, const Normal* normals, int64_t count,
+                    double* out) {
+  mean_of<Divided>(rule, total, normals, count, out);
+}
+
+template <class Total, class Normal>
+inline void mean_of(const MeanRule& rule, const Total* total, const Normal* normals, int64_t count,
+                    float* out) {
+  mean_of<Plain>(rule, total, normals, count, out);
 }
 
 }  // namespace

@@ -103,14 +103,10 @@ class Normals {
  public:
   explicit Normals(const NoiseStream& stream) : key_(stream.key), step_(stream.step) {}
 
-  // `count` groups from number `group` on; target[160] for each.
+  // The 160 numbers of a group.
   template <class Real>
-  void groups(uint64_t group, int64_t count, Real* target) const {
-    for (int64_t g = 0; g < count; ++g) {
-      for (int lane = 0; lane < kGroupBlocks; lane += kLanes) {
-        some((group + g) * kGroupBlocks + lane, target + g * kGroupNormals + lane);
-      }
-    }
+  void group(uint64_t number, Real* target) const {
+    for (int lane = 0; lane < kGroupBlocks; lane += kLanes) some(number * kGroupBlocks + lane, target + lane);
   }
 
  private:
@@ -142,45 +138,77 @@ class Normals {
   const uint32_t step_;
 };
 
-// Groups that are made at a time: their numbers stay in the first-level cache.
-constexpr int64_t kChunkGroups = 8;
+// Tensors one after the other: tensor t has the elements from starts[t] up to starts[t + 1].
+struct Row {
+  const int64_t* starts;
+  int64_t tensors;
 
-// Groups [begin, end) of those that hold elements [0, starts[tensors]) of the stream, for tensors that lie
-// one after the other there: use(tensor, element, count, normals) for each stretch of one tensor. Unless
-// `wanted`, nothing is drawn.
-template <class Real, class Use>
-inline void over_elements(const NoiseStream& stream, bool wanted, const int64_t* starts, int64_t tensors,
-                          int64_t begin, int64_t end, const Use& use) {
+  int64_t size() const { return starts[tensors]; }
+
+  // The tensor that holds an element below size().
+  int64_t holder(int64_t element) const {
+    int64_t low = 0, high = tensors - 1;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (starts[middle + 1] <= element) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  // act(tensor, first element in it, count) for what lies in [begin, end); `tensor` is at or before the
+  // holder of `begin`, and returned is one at or before that of `end`.
+  template <class Act>
+  int64_t each(int64_t tensor, int64_t begin, int64_t end, const Act& act) const {
+    while (begin < end) {
+      while (starts[tensor + 1] <= begin) ++tensor;
+      const int64_t until = starts[tensor + 1] < end ? starts[tensor + 1] : end;
+      act(tensor, begin - starts[tensor], until - begin);
+      begin = until;
+    }
+    return tensor;
+  }
+};
+
+// Groups that are made at a time: their numbers stay in the first-level cache.
+constexpr int64_t kChunkGroups = 4;
+
+// Groups [begin, end) of those that hold the elements of the row: use(tensor, element, count, normals) for
+// each stretch of one tensor. Before a group is made, ahead(tensor, element, count) is called for what it is
+// for, so that memory is fetched meanwhile. Unless `wanted`, nothing is drawn.
+template <class Real, class Ahead, class Use>
+inline void over_elements(const NoiseStream& stream, bool wanted, const Row& row, int64_t begin, int64_t end,
+                          const Ahead& ahead, const Use& use) {
   alignas(kLineBytes) Real normals[kChunkGroups * kGroupNormals];
   const Normals source(stream);
   const uint64_t first_group = stream.offset / kGroupNormals;
   const int64_t skipped = static_cast<int64_t>(stream.offset % kGroupNormals);
-  int64_t tensor = 0;
+  const auto element_of = [&](int64_t group) {
+    const int64_t element = group * kGroupNormals - skipped;
+    return element < 0 ? 0 : element < row.size() ? element : row.size();
+  };
+  int64_t tensor = row.holder(element_of(begin)), next = tensor;
   for (int64_t g = begin; g < end; g += kChunkGroups) {
-    const int64_t count = end - g < kChunkGroups ? end - g : kChunkGroups;
-    if (wanted) source.groups(first_group + g, count, normals);
+    const int64_t stop = end - g < kChunkGroups ? end : g + kChunkGroups;
+    for (int64_t group = g; group < stop; ++group) {
+      next = row.each(next, element_of(group), element_of(group + 1), ahead);
+      if (wanted) source.group(first_group + group, normals + (group - g) * kGroupNormals);
+    }
     const int64_t origin = g * kGroupNormals - skipped;  // the element of normals[0]
-    int64_t at = origin > 0 ? origin : 0;
-    const int64_t limit = origin + count * kGroupNormals;
-    const int64_t stop = limit < starts[tensors] ? limit : starts[tensors];
-    if (g == begin) {
-      for (int64_t low = 0, high = tensors; low < high;) {  // the last tensor that starts at or before `at`
-        const int64_t middle = (low + high) / 2;
-        if (starts[middle + 1] <= at) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
-        tensor = low;
-      }
-    }
-    while (at < stop) {
-      while (starts[tensor + 1] <= at) ++tensor;
-      const int64_t until = starts[tensor + 1] < stop ? starts[tensor + 1] : stop;
-      use(tensor, at - starts[tensor], until - at, normals + (at - origin));
-      at = until;
-    }
+    tensor =
+        row.each(tensor, element_of(g), element_of(stop), [&](int64_t t, int64_t element, int64_t count) {
+          use(t, element, count, normals + (row.starts[t] + element - origin));
+        });
   }
+}
+
+// Lines of memory that are read soon.
+inline void prefetch(const void* address, int64_t bytes) {
+  const char* line = static_cast<const char*>(address);
+  for (int64_t k = 0; k < bytes; k += kLineBytes) __builtin_prefetch(line + k);
 }
 
 }  // namespace

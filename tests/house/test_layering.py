@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 #   storage (files on disk) and extras (optional packages) stand beside the parts and import nothing of wavedp
 PARTS = {"data", "models", "superres", "privacy", "storage", "extras"}
 ARROWS: dict[str, set[str]] = {
-    "wavedp": {"functional", "ops", "pipeline", "compat"} | PARTS,  # the public face, wavedp/__init__.py
+    "wavedp": {"functional", "ops", "pipeline", "compat", "optim"} | PARTS,  # the public face, wavedp/__init__.py
     "__main__": {"cli"},
     "cli": {"wavedp", "training", "pipeline", "functional", "benchmarks"} | PARTS,
     # measures what lies under functional too, and training steps of the pipeline's models
@@ -39,6 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "extras": set(),
     "functional": {"ops", "tokens", "per_sample", "noise"},
     "noise": {"ops"},  # the noise functions of functional
+    "optim": {"noise", "ops"},
     "tokens": {"ops"},  # the token functions of functional
     "per_sample": {"ops"},  # and its functions on the gradients of single records
     "ops": {"kernels", "native", "reference"},

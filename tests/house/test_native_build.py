@@ -158,6 +158,7 @@ def test_objects_of_an_instruction_set_share_no_code(tree: Path) -> None:
     """A shared inline function compiled for AVX-512 could be the copy that the linker keeps for every CPU."""
     functions = {
         "noise": ("chacha20_words", "noisy_mean"),
+        "noise_step": ("noise_step",),
         "per_sample_layers": (
             "embedding_norms",
             "embedding_weight_grad",

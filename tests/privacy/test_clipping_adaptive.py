@@ -5,23 +5,33 @@ import json
 import math
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
-from wavedp.privacy import AdaptiveClipping, AdaptiveSession, Entropy, PrivacySpec, noise_multiplier_beside_count
+from wavedp.privacy import (
+    AdaptiveClipping,
+    AdaptiveSession,
+    Entropy,
+    PrivacySpec,
+    gaussian_noise,
+    noise_multiplier_beside_count,
+)
 
 MakeSpec = Callable[..., PrivacySpec]
 ADAPTIVE = {"name": "adaptive", "count_noise_stddev": 4.0}
 
 
 class NoNoise(Entropy):
-    """Words whose normals are 0: u = 1 makes the radius 0."""
+    """Marks sessions that are to add none."""
 
-    def words(self, count: int, dtype: str = "<u8") -> npt.NDArray[np.unsignedinteger]:
-        return np.full(count, 2**32 - 1, dtype=np.uint32)
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def noise(shape: tuple[int, ...], std: float, *, dtype: torch.dtype, entropy: Entropy) -> Tensor:
+        return gaussian_noise(shape, 0.0 if isinstance(entropy, NoNoise) else std, dtype=dtype, entropy=entropy)
+
+    monkeypatch.setattr("wavedp.privacy.clipping_adaptive.gaussian_noise", noise)
 
 
 def norms(*values: float) -> dict[str, Tensor]:

@@ -3,9 +3,11 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from wavedp.ops.wavelet_native import DTYPE_CODES, call
+from wavedp.reference.noise_step import StepTensor
 
 
 def chacha20_words_forward(key: Tensor, counter: int, nonce: Sequence[int], rounds: int, out: Tensor) -> None:
@@ -31,3 +33,27 @@ def noisy_mean_forward(
     target = out.data_ptr(), DTYPE_CODES[out.dtype]
     stream = key.data_ptr(), step, offset
     call("noisy_mean", out.device, *stream, *source, *target, wide, std, grid, divisor, out.numel())
+
+
+def noise_step_forward(
+    rule: int,
+    tensors: list[StepTensor],
+    std: float,
+    grid: float,
+    divisor: float,
+    key: Tensor,
+    step: int,
+    offset: int,
+) -> None:
+    """:func:`wavedp.reference.noise_step.noise_step_forward` by the C++ library: one pass over all tensors."""
+    addresses, sizes, codes, constants = [], [], [], []
+    for one in tensors:
+        memory = (one.param, one.total, one.first, one.second, one.largest)
+        addresses.append([0 if x is None else x.data_ptr() for x in memory])
+        sizes.append(one.param.numel())
+        codes.append((DTYPE_CODES[one.param.dtype], 0 if one.total is None else DTYPE_CODES[one.total.dtype]))
+        constants.append(one.constants)
+    kinds = {one.param.dtype == torch.float64 for one in tensors}
+    for wide in sorted(kinds):
+        arguments = (key.data_ptr(), step, offset, rule, wide, std, grid, divisor, addresses, sizes, codes, constants)
+        call("noise_step", tensors[0].param.device, *arguments)

@@ -103,10 +103,10 @@ def _normals(key: Tensor, step: int, first: int, groups: int, device: torch.devi
 
 
 def _rounded_once(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 to a type of 16 bits without rounding to float32 on the way: to float32 with an odd last bit where that
-    is inexact, then on (Boldo and Melquiond, 2008)."""
-    if dtype in (torch.float32, torch.float64):
-        return x.to(dtype)
+    """float64 to a narrower type; to one of 16 bits by way of float32 with an odd last bit where that is inexact, which
+    is as rounding once (Boldo and Melquiond, 2008)."""
+    if dtype == torch.float32:
+        return x.float()
     nearest = x.float()
     bits = nearest.view(torch.int32)
     toward_zero = torch.where(nearest.double().abs() > x.abs(), bits - 1, bits)
@@ -142,4 +142,5 @@ def noisy_mean_forward(
             x = x + std * (normals if wide else normals.float().double())
             if grid > 0.0:
                 x = torch.round(x / grid) * grid
-        part.copy_(_rounded_once(x / divisor, out.dtype))
+        # The reciprocal's error is far below the rounding to a narrower type.
+        part.copy_(x / divisor if out.dtype == torch.float64 else _rounded_once(x * (1.0 / divisor), out.dtype))
