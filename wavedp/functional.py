@@ -162,11 +162,8 @@ def wavedec2(
         TypeError: as :func:`dwt2`, or ``level`` is not an integer.
         ValueError: as :func:`dwt2` at any level, or ``level`` is negative.
     """
-    bands = _decomposed("wavedec2", x, level, mode, norm, out)
-    coeffs: list[Tensor | Details] = [bands[0]]
-    for k in range(1, len(bands), 3):
-        coeffs.append((bands[k], bands[k + 1], bands[k + 2]))
-    return coeffs
+    bands = iter(_decomposed("wavedec2", x, level, mode, norm, out))
+    return [next(bands), *zip(bands, bands, bands)]
 
 
 def waverec2(
@@ -196,8 +193,8 @@ def waverec2(
     if coeffs[0] is None:
         check_tensor("waverec2", None)
     bands = [coeffs[0]]
-    for level_details in coeffs[1:]:
-        bands += _details("waverec2", level_details)
+    for details in coeffs[1:]:
+        bands += details if type(details) is tuple and len(details) == 3 else _details("waverec2", details)
     return _composed("waverec2", bands, output_size, norm, out)
 
 
@@ -280,7 +277,8 @@ def _flat(op: str, out: Any, level: int) -> list[Tensor]:
 
 def _composed(op: str, bands: list[Any], output_size: Any, norm: str, out: Tensor | None) -> Tensor:
     """The image of a flat list of bands, of which at least one is given."""
-    factor, size = factor_of(op, norm, inverse=True), size_of(op, output_size)
+    factor = factor_of(op, norm, inverse=True)
+    size = None if output_size is None else size_of(op, output_size)
     given = [band for band in bands if band is not None]
     if not given:
         raise ValueError(f"{op} takes at least one band that is not None")

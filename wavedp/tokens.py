@@ -4,6 +4,7 @@
 They are public as ``wavedp.wavelet_tokens`` and ``wavedp.wavelet_untokens``; ``docs/wavelets.md`` is the user's page.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from wavedp.ops import wavelet_tokens_autograd
 from wavedp.ops.arguments import affine_of, check_level, check_tensor, described, factor_of, result_type, size_of
+from wavedp.ops.eager import is_plain
 from wavedp.ops.out import check_out
 from wavedp.ops.wavelet import check_dtype, result_dtype
 from wavedp.ops.wavelet_tokens import check_grid, scale_channels, token_shapes
@@ -70,13 +72,15 @@ def wavelet_tokens(
     op = "wavelet_tokens"
     check_tensor(op, x)
     check_dtype(op, x.dtype, or_bytes=True)
-    levels, factor = check_level(op, levels, "number of levels"), factor_of(op, norm)
-    scales = _scales(op, scales, levels)
+    if type(levels) is not int or levels < 0:
+        levels = check_level(op, levels, "number of levels")
+    factor = factor_of(op, norm)
+    scales = levels + 1 if scales is None else _scales(op, scales, levels)
     rows_columns = _grid(op, grid)
     if x.ndim != 4 or x.shape[1] < 1:
         raise ValueError(f"{op} takes images [B, C, H, W] of at least one channel, not a shape of {tuple(x.shape)}")
     gain, bias = affine_of(op, x, affine)
-    dtype = result_dtype(x, result_type(op, dtype))
+    dtype = result_dtype(x, None if dtype is None else result_type(op, dtype))
     shift = scale = None
     halvings = levels + 1 - scales if norm == "ortho" else 0
     if mean is not None or std is not None or halvings:
@@ -150,7 +154,7 @@ def wavelet_untokens(
 
 
 def _scales(op: str, scales: Any, levels: int) -> int:
-    count = levels + 1 if scales is None else check_level(op, scales, "number of scales")
+    count = check_level(op, scales, "number of scales")
     if not 1 <= count <= levels + 1:
         raise ValueError(f"{op} takes 1 to {levels + 1} scales of {levels} levels, not {count}")
     return count
@@ -212,15 +216,11 @@ def _constants(
         _checked_constants(op, name, constants, absent, levels, channels)
         for name, constants, absent in (("mean", mean, 0.0), ("std", std, 1.0))
     )
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if not any(isinstance(entry, Tensor) for entry in (*means, *deviations)):
-        # Numbers alone: one tensor for both, made at once.
-        scales = [1 / (factor * value) if divide else factor * value for value in deviations]
-        values = [factor * value for value, count in zip(means, channels) for _ in range(count)]
-        values += [value for value, count in zip(scales, channels) for _ in range(count)]
-        shift, scale = torch.tensor(values, dtype=dtype, device=like.device).view(2, -1).unbind(0)
-        return shift, scale
-    device = like.device
+    dtype, device = torch.float64 if like.dtype == torch.float64 else torch.float32, like.device
+    if not [entry for entry in (*means, *deviations) if isinstance(entry, Tensor)]:
+        # What is made under a mode or a gradient is not for later calls.
+        spread = _cached_spread_numbers if is_plain(like) else _spread_numbers
+        return spread(tuple(means), tuple(deviations), tuple(channels), factor, dtype, device, divide)
     shift, scale = (
         torch.cat([_spread(entry, count, dtype, device) for entry, count in zip(constants, channels)])
         for constants in (means, deviations)
@@ -230,9 +230,30 @@ def _constants(
     return shift, scale.reciprocal() if divide else scale
 
 
+def _spread_numbers(
+    means: Sequence[Any],
+    deviations: Sequence[Any],
+    channels: Sequence[int],
+    factor: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    divide: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`_constants` of numbers alone: one tensor for both, made at once."""
+    scales = [1 / (factor * value) if divide else factor * value for value in deviations]
+    values = [factor * value for value, count in zip(means, channels) for _ in range(count)]
+    values += [value for value, count in zip(scales, channels) for _ in range(count)]
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a later backward
+        shift, scale = torch.tensor(values, dtype=dtype, device=device).view(2, -1).unbind(0)
+    return shift, scale
+
+
+_cached_spread_numbers = functools.lru_cache(maxsize=256)(_spread_numbers)
+
+
 def _spread(entry: float | Tensor, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """One value for each of ``count`` channels."""
-    if isinstance(entry, Tensor) and entry.ndim == 1 and entry.dtype is dtype and entry.device == device:
+    if type(entry) is Tensor and entry.dtype is dtype and entry.device == device and entry.ndim == 1:
         return entry
     return torch.as_tensor(entry, dtype=dtype, device=device).expand(count)
 
@@ -247,7 +268,8 @@ def _checked_constants(
             f"{op} takes {name} as a list of {levels + 1} entries, one for each scale, not {described(constants)}"
         )
     for scale, entry in enumerate(constants):
-        _check_constant(op, name, scale, entry, channels)
+        if type(entry) is not float or not (entry > 0 or name == "mean"):
+            _check_constant(op, name, scale, entry, channels)
     return constants
 
 
@@ -256,10 +278,11 @@ def _check_constant(op: str, name: str, scale: int, entry: Any, channels: Sequen
     if isinstance(entry, Tensor):
         if entry.requires_grad:
             raise ValueError(f"{name} of scale {scale} requires grad, but {op} takes constants: detach() it")
-        if entry.ndim > 1 or (entry.ndim == 1 and scale < len(channels) and entry.shape[0] != channels[scale]):
+        shape = entry.shape
+        if len(shape) > 1 or (len(shape) == 1 and scale < len(channels) and shape[0] != channels[scale]):
             raise ValueError(
                 f"{name} of scale {scale} must be a number or a tensor ({channels[min(scale, len(channels) - 1)]},), "
-                f"not of shape {tuple(entry.shape)}"
+                f"not of shape {tuple(shape)}"
             )
     elif isinstance(entry, bool) or not isinstance(entry, Real):
         raise TypeError(f"{op} takes numbers or tensors in {name}, not {described(entry)}")

@@ -75,7 +75,11 @@ class Analysis {
   Row<Real> image_row(int64_t r, Real* slot) const {
     const void* source = address_of(images_.x, images_.dtype, origin_ + r * images_.stride_h);
     if (in_place_ && slot != slots_[0][kTop]) return completed(static_cast<const Real*>(source), 0);
-    widen_row(images_.dtype, source, images_.stride_w, size_.width[0], gain_, bias_, slot);
+    if (in_place_) {
+      copy_row<!Sink::kDetails>(static_cast<const Real*>(source), size_.width[0], slot, false);
+    } else {
+      widen_row(images_.dtype, source, images_.stride_w, size_.width[0], gain_, bias_, slot);
+    }
     return completed(slot, 0);
   }
 
@@ -115,7 +119,11 @@ class Analysis {
         out.details.hh[cells] = beyond.hh;
       }
     } else {
-      analyse_low_rows(top.samples, bottom.samples, cells, factor_, low);
+      if (!Sink::kDetails && k == 1 && in_place_) {
+        analyse_low_rows<true>(top.samples, bottom.samples, cells, factor_, low);
+      } else {
+        analyse_low_rows<false>(top.samples, bottom.samples, cells, factor_, low);
+      }
     }
     if (odd) low[cells] = beyond.ll;
     if (kEmit && (last || Sink::kDetails)) sink_.done(k, r);

@@ -110,7 +110,7 @@ inline void widen_strided(const void* source, int64_t stride, int64_t count, Rea
 }
 
 // In vectors from front to back: the compiler would call memcpy, which reads the end first.
-template <class Real>
+template <bool kAhead = false, class Real>
 inline void copy_row(const Real* source, int64_t count, Real* target, bool stream_row) {
   using V = Vector<Real, kVectorBytes>;
   constexpr int64_t kLanes = kVectorBytes / sizeof(Real);
@@ -118,7 +118,7 @@ inline void copy_row(const Real* source, int64_t count, Real* target, bool strea
   if (stream_row) {
     for (; k + kLanes <= count; k += kLanes) stream(target + k, load<V>(source + k));
   }
-  for (; k + kLanes <= count; k += kLanes) store(target + k, load<V>(source + k));
+  for (; k + kLanes <= count; k += kLanes) store(target + k, load_ahead<kAhead, V>(source + k));
   for (; k < count; ++k) target[k] = source[k];
 }
 

@@ -40,14 +40,15 @@ inline int64_t analyse_span(const Real* top, const Real* bottom, int64_t j, int6
   return j;
 }
 
-template <int kBytes, class Real>
+template <int kBytes, bool kAhead, class Real>
 inline int64_t analyse_low_span(const Real* top, const Real* bottom, int64_t j, int64_t cells, Real factor,
                                 Real* low) {
   using V = Vector<Real, kBytes>;
   constexpr int64_t kLanes = kBytes / sizeof(Real);
   for (; j + kLanes <= cells; j += kLanes) {
     const Real *t = top + 2 * j, *b = bottom + 2 * j;
-    const auto [even, odd] = parted<V>(load<V>(t) + load<V>(b), load<V>(t + kLanes) + load<V>(b + kLanes));
+    const V b0 = load_ahead<kAhead, V>(b), b1 = load_ahead<kAhead, V>(b + kLanes);
+    const auto [even, odd] = parted<V>(load<V>(t) + b0, load<V>(t + kLanes) + b1);
     store<V>(low + j, factor * (even + odd));
   }
   return j;
@@ -116,11 +117,12 @@ void analyse_rows(const Real* top, const Real* bottom, int64_t cells, Real facto
   }
 }
 
-template <class Real>
+// `kAhead` where the lower row is one of an image.
+template <bool kAhead, class Real>
 void analyse_low_rows(const Real* top, const Real* bottom, int64_t cells, Real factor, Real* low) {
   int64_t j = 0;
   in_smaller_vectors<kVectorBytes>(
-      [&](auto bytes) { j = analyse_low_span<bytes()>(top, bottom, j, cells, factor, low); });
+      [&](auto bytes) { j = analyse_low_span<bytes(), kAhead>(top, bottom, j, cells, factor, low); });
   for (; j < cells; ++j) low[j] = analyse(block_at(top, bottom, j), factor).ll;
 }
 

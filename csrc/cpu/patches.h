@@ -196,18 +196,18 @@ void synthesise_from_tokens(const Real* low, const Real* next_low, const DetailP
   }
 }
 
-// Calls with(bytes, rows) for what a batch of rows of these patches is moved by: where there are more rows
-// than one, `bytes` is the whole width.
+// Calls with(bytes, rows) for what a batch of rows of patches of this width is moved by: where there are more
+// rows than one, `bytes` is the whole width.
 template <class T, int kBytes = kVectorBytes, class With>
-inline void by_shape(const Patches& p, const With& with) {
+inline void by_shape(int64_t width, int64_t rows, const With& with) {
   if constexpr (kBytes < static_cast<int>(sizeof(T))) {
     __builtin_unreachable();
   } else {
-    const int64_t width = p.width * sizeof(T), rows = p.batch(sizeof(T));
     constexpr std::integral_constant<int, kBytes> bytes;
-    if (width % kBytes) return by_shape<T, kBytes / 2>(p, with);
+    const int64_t size = width * sizeof(T);
+    if (size % kBytes) return by_shape<T, kBytes / 2>(width, rows, with);
     if (rows == 1) return with(bytes, std::integral_constant<int, 1>());
-    if (width != kBytes) return by_shape<T, kBytes / 2>(p, with);
+    if (size != kBytes) return by_shape<T, kBytes / 2>(width, rows, with);
     if (rows == 2) return with(bytes, std::integral_constant<int, 2>());
     if (rows == 4) return with(bytes, std::integral_constant<int, 4>());
     return with(bytes, std::integral_constant<int, kMaxBatch>());

@@ -68,6 +68,16 @@ inline void fence() {
 #endif
 }
 
+// Asks for what follows a vector that is read from memory. Where nothing large is written, the hardware runs
+// too short a way ahead: `coarse` reads at 0.86 of the rate of a sum with it, 0.73 without (Zen 4).
+constexpr int kAheadBytes = 1024;
+
+template <bool kAhead, class V, class T>
+inline V load_ahead(const T* source) {
+  if constexpr (kAhead) __builtin_prefetch(reinterpret_cast<const char*>(source) + kAheadBytes, 0, 2);
+  return load<V>(source);
+}
+
 template <bool kStream, class V, class T>
 inline void put(T* target, const V& v) {
   if constexpr (kStream) {

@@ -191,7 +191,8 @@ class TokensSink {
     const Real shift = band.shift, scaling = band.scaling;
     if (in_place_) {
       Real* tokens = static_cast<Real*>(job_.tokens[band.scale]) + origin;
-      write(band.rows, band.stride, p, tokens, stream_[b], [=](auto v) { return (v - shift) * scaling; });
+      write(static_cast<const Real*>(band.rows), band, tokens, stream_[b],
+            [=](auto v) { return (v - shift) * scaling; });
       return;
     }
     for (int64_t r = 0; r < band.batch; ++r) {
@@ -200,14 +201,15 @@ class TokensSink {
       narrow_row(job_.token_dtype, row, width, narrow_ + r * band.stride, false);
     }
     uint16_t* tokens = static_cast<uint16_t*>(job_.tokens[band.scale]) + origin;
-    write(static_cast<const uint16_t*>(narrow_), band.stride, p, tokens, stream_[b],
-          [](auto v) { return v; });
+    write(static_cast<const uint16_t*>(narrow_), band, tokens, stream_[b], [](auto v) { return v; });
   }
 
   template <class T, class Change>
-  static void write(const T* rows, int64_t stride, const Patches& p, T* tokens, bool stream_lines,
+  static void write(const T* rows, const BandRows<Real>& band, T* tokens, bool stream_lines,
                     const Change& change) {
-    by_shape<T>(p, [&](auto bytes, auto batch) {
+    const Patches& p = band.patches;
+    const int64_t stride = band.stride;
+    by_shape<T>(p.width, band.batch, [&](auto bytes, auto batch) {
       if constexpr (bytes() >= 16) {
         if (stream_lines) return write_rows<bytes(), batch(), true>(rows, stride, p, tokens, change);
       }
@@ -272,14 +274,14 @@ class TokensSource {
     const Real shift = band.shift, scaling = band.scaling;
     if (in_place_) {
       const Real* tokens = static_cast<const Real*>(job_.tokens[band.scale]) + origin;
-      by_shape<Real>(p, [&](auto bytes, auto batch) {
+      by_shape<Real>(p.width, band.batch, [&](auto bytes, auto batch) {
         read_rows<bytes(), batch()>(tokens, p, band.rows, band.stride, next_row,
                                     [=](auto v) { return v * scaling + shift; });
       });
       return;
     }
     const uint16_t* tokens = static_cast<const uint16_t*>(job_.tokens[band.scale]) + origin;
-    by_shape<uint16_t>(p, [&](auto bytes, auto batch) {
+    by_shape<uint16_t>(p.width, band.batch, [&](auto bytes, auto batch) {
       read_rows<bytes(), batch()>(tokens, p, narrow_, band.stride, next_row, [](auto v) { return v; });
     });
     for (int64_t r = 0; r < band.batch; ++r) {

@@ -25,10 +25,10 @@ CALLS: dict[str, tuple[Callable[[], Any], int]] = {
     "dwt2": (lambda: wavedp.dwt2(X), 14),
     "idwt2": (lambda: wavedp.idwt2(ONE), 20),
     "wavedec2": (lambda: wavedp.wavedec2(X, 3), 14),
-    "waverec2": (lambda: wavedp.waverec2(THREE), 22),
+    "waverec2": (lambda: wavedp.waverec2(THREE), 19),
     "coarse": (lambda: wavedp.coarse(X, 3), 19),
-    "wavelet_tokens": (lambda: wavedp.wavelet_tokens(IMAGES, 3, 4), 30),
-    "wavelet_untokens": (lambda: wavedp.wavelet_untokens(TOKENS, 4, channels=3), 34),
+    "wavelet_tokens": (lambda: wavedp.wavelet_tokens(IMAGES, 3, 4), 23),
+    "wavelet_untokens": (lambda: wavedp.wavelet_untokens(TOKENS, 4, channels=3), 27),
 }
 
 

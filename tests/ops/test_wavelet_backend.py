@@ -91,6 +91,7 @@ def test_an_unknown_name_is_refused() -> None:
 def test_a_backend_refuses_another_device(name: str, missing: pytest.MonkeyPatch) -> None:
     missing.setattr(backend, "_import_error", lambda module: None)
     backend._choice.cache_clear()
+    backend._implementation.cache_clear()
     with use_backend(name), pytest.raises(RuntimeError, match=f"{name!r} takes cuda tensors, but these are on cpu"):
         backend.implementation("wavelet", torch.device("cpu"))
 

@@ -266,6 +266,17 @@ def test_the_gradient_of_some_scales_and_of_another_dtype(target: Any) -> None:
         torch.testing.assert_close(some, low.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_constants_of_inference_mode_serve_a_later_backward() -> None:
+    x, constants = torch.rand(1, 3, 32, 32), ([0.25] * 3, [2.0] * 3)
+    with torch.inference_mode():
+        tokens = wavedp.wavelet_tokens(x, 2, 4, *constants)
+        wavedp.wavelet_untokens(tokens, 4, *constants, channels=3)
+    leaves = [one.clone().requires_grad_(scale == 1) for scale, one in enumerate(tokens)]
+    wavedp.wavelet_untokens(leaves, 4, *constants, channels=3).sum().backward()
+    wanted = torch.autograd.grad(wavedp.wavelet_untokens([2 * one for one in leaves], 4, channels=3).sum(), leaves[1])
+    torch.testing.assert_close(leaves[1].grad, wanted[0])
+
+
 def test_energies_carry_no_gradient() -> None:
     x = noise(1, 1, 4, 4).requires_grad_()
     tokens, energies = wavedp.wavelet_tokens(x, 1, 1, energies=True)

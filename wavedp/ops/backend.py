@@ -17,7 +17,6 @@ these is installed, to reference. Libraries and Triton are imported when the fir
 import functools
 import importlib
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,6 +134,7 @@ def forget_imports() -> None:
     """Looks again for the modules of the backends, when an op next needs them."""
     _import_error.cache_clear()
     _choice.cache_clear()
+    _implementation.cache_clear()
 
 
 def implementation(op: str, device: torch.device) -> ModuleType:
@@ -143,8 +143,13 @@ def implementation(op: str, device: torch.device) -> ModuleType:
     Raises:
         RuntimeError: the backend that was asked for does not take tensors of this device.
     """
-    name, where, takes_device = _choice(_requested.get(), op, device.type)
-    module = sys.modules.get(where) or importlib.import_module(where)
+    return _implementation(_requested.get(), op, device)
+
+
+@functools.cache
+def _implementation(requested: str, op: str, device: torch.device) -> ModuleType:
+    name, where, takes_device = _choice(requested, op, device.type)
+    module = importlib.import_module(where)
     if takes_device or (device.type == "cpu" and getattr(module, "INTERPRETED", False)):
         return module
     hint = "; to interpret the kernels on a CPU, start Python with TRITON_INTERPRET=1"

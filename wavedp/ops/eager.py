@@ -60,20 +60,11 @@ def is_plain(*tensors: Tensor, under_grad: bool = False) -> bool:
 
 
 def are_plain_alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether :func:`is_plain` holds of all of these tensors of the CPU, and all have one dtype: as these two
-    questions, in half the time."""
-    first = tensors[0]
-    if not is_plain(first) or first.device.type != "cpu":
+    """Whether :func:`is_plain` holds of all of these tensors of the CPU, and all have one dtype."""
+    if not is_plain(*tensors):
         return False
-    keys, dtype, grad = _dispatch_keys, first.dtype, _is_grad_enabled()
-    wanted = keys(first).raw_repr()
-    for x in tensors:
-        kind = type(x)
-        if (kind is not Tensor and kind is not _Parameter) or x.dtype is not dtype or (grad and x.requires_grad):
-            return False
-        if keys(x).raw_repr() != wanted:
-            return False
-    return True
+    dtype = tensors[0].dtype
+    return not [x for x in tensors if x.dtype is not dtype or not x.is_cpu]
 
 
 def is_differentiated(*tensors: Tensor) -> bool:

@@ -38,13 +38,13 @@ def check_out(
         if not (plain and given.shape == shape and given.dtype is dtype and given.device == device):
             where = f"out of {op}" if len(out) == 1 else f"tensor {position} in out of {op}"
             _check_one(where, given, shape, dtype, device)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *out)):
+    if torch.is_grad_enabled() and [x for x in (*inputs, *out) if x.requires_grad]:
         raise RuntimeError(
             f"{op} with out= does not support automatic differentiation, but one of the arguments requires grad: "
             "leave out away, or call it under torch.no_grad()"
         )
     if plain:
-        if not torch.is_inference_mode_enabled() and any(given.is_inference() for given in out):
+        if not torch.is_inference_mode_enabled() and [given for given in out if given.is_inference()]:
             raise RuntimeError(f"out of {op} is an inference tensor, which is not written to outside of inference mode")
         _check_memory(op, out, inputs)
     return plain
@@ -66,7 +66,7 @@ def _check_one(where: str, given: Any, shape: Sequence[int], dtype: torch.dtype,
 def _check_memory(op: str, out: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
     """Raises ValueError where results would overwrite an input or one another."""
     extents = sorted([_extent(x) for x in (*out, *inputs)])
-    if all(one[1] <= other[0] for one, other in pairwise(extents)):
+    if not [one for one, other in pairwise(extents) if one[1] > other[0]]:
         return
     for position, given in enumerate(out):
         if any(_share_memory(given, source) for source in inputs):
@@ -79,7 +79,7 @@ def _extent(x: Tensor) -> tuple[int, int]:
     """First address of a tensor and the one past its last."""
     start = x.data_ptr()
     if x.is_contiguous():
-        return start, start + x.numel() * x.element_size()
+        return start, start + x.nbytes
     if x.numel() == 0:
         return start, start
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))

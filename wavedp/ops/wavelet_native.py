@@ -23,6 +23,8 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 _C: Any = torch._C
 _below_autograd = _C._AutoDispatchBelowADInplaceOrView
 _unflatten = _C._nn.unflatten_dense_tensors
+_threads = torch.get_num_threads
+empty_like = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
 
 
 @functools.cache
@@ -34,15 +36,22 @@ def compiled(name: str) -> Callable[..., Any]:
     return function
 
 
-def call(function: str, device: torch.device, *arguments: Any) -> None:
-    if device.type != "cuda":
-        compiled(function)(*arguments, torch.get_num_threads())
+def call(function: str, x: Tensor, *arguments: Any) -> None:
+    """Calls the library that computes tensors of the device of ``x``."""
+    if not x.is_cuda:
+        compiled(function)(*arguments, _threads())
         return
+    device = x.device
     cuda: Any = importlib.import_module("wavedp._csrc_cuda")
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else nullcontext():
         stream = torch.cuda.current_stream(device).cuda_stream
         if code := getattr(cuda, function)(*arguments, stream):
             raise RuntimeError(f"wavedp {function} on {device}: {cuda.error_string(code)}")
+
+
+def template(shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+    """One element expanded to a shape: a function takes that faster from a tensor than from numbers."""
+    return torch.empty(1, dtype=dtype, device=device).expand(tuple(shape))
 
 
 class Packing:
@@ -53,8 +62,7 @@ class Packing:
         self.total = sum(sizes)  # elements
         self._shapes = [tuple(shape) for shape in shapes]
         self._offsets = [itemsize * sum(sizes[:k]) for k in range(len(sizes))]  # bytes
-        # Tensors of one element, of which the shape alone is read.
-        self._templates = [torch.empty(1).expand(shape) for shape in self._shapes]
+        self._templates = [template(shape) for shape in self._shapes]
 
     def addresses(self, flat: Tensor) -> list[int]:
         start = flat.data_ptr()
@@ -120,15 +128,17 @@ def wavedec2_forward(
         if axes is None:
             x, axes = collapsed(x)
         code = DTYPE_CODES[x.dtype]
-        call("wavedec2", x.device, x.data_ptr(), code, 1.0, 0.0, axes, addresses, code, edge, level, factor)
+        call("wavedec2", x, x.data_ptr(), code, 1.0, 0.0, axes, addresses, code, edge, level, factor)
     return bands.views(flat) if out is None else out
 
 
 @functools.lru_cache(maxsize=4096)
 def _coarse_plan(
-    shape: Sequence[int], strides: Sequence[int], level: int
-) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    return (*shape[:-2], *band_sizes(shape[-2], shape[-1], level)[-1]), axes_of(shape, strides)
+    shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device, level: int
+) -> tuple[Tensor, tuple[int, ...] | None]:
+    """A template of the band, and the axes of the images."""
+    band = (*shape[:-2], *band_sizes(shape[-2], shape[-1], level)[-1])
+    return template(band, dtype, device), axes_of(shape, strides)
 
 
 def coarse_forward(
@@ -143,16 +153,24 @@ def coarse_forward(
 ) -> Tensor:  # [..., ceil(H/2^level), ceil(W/2^level)]
     """:func:`wavedp.reference.wavelet.coarse_forward` by a compiled library."""
     dtype = dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype)
-    shape, axes = _coarse_plan(x.shape, x.stride(), level)
+    band, axes = _coarse_plan(x.shape, x.stride(), dtype, x.device, level)
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=x.device)
+        out = empty_like(band)
     if out.numel() > 0:
         if axes is None:
             x, axes = collapsed(x)
         bands = [out.data_ptr(), *[0] * (3 * level)]
         codes = DTYPE_CODES[x.dtype], DTYPE_CODES[dtype]
-        call("wavedec2", x.device, x.data_ptr(), codes[0], gain, bias, axes, bands, codes[1], edge, level, factor)
+        call("wavedec2", x, x.data_ptr(), codes[0], gain, bias, axes, bands, codes[1], edge, level, factor)
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _image_plan(
+    band: Sequence[int], dtype: torch.dtype, device: torch.device, height: int, width: int
+) -> tuple[int, Tensor]:
+    """How many images bands of this shape make, and a template of them."""
+    return math.prod(band[:-2]), template((*band[:-2], height, width), dtype, device)
 
 
 def waverec2_forward(
@@ -164,14 +182,14 @@ def waverec2_forward(
     out: Tensor | None = None,
 ) -> Tensor:  # [..., height, width]
     """:func:`wavedp.reference.wavelet.waverec2_forward` by a compiled library."""
-    given = [band if band.is_contiguous() else band.contiguous() for band in bands if band is not None]
-    first = given[0]
-    lead = first.shape[:-2]
+    bands = [band if band is None or band.is_contiguous() else band.contiguous() for band in bands]
+    first = bands[0] if bands[0] is not None else next(band for band in bands if band is not None)
+    dtype = first.dtype
+    n, image = _image_plan(first.shape, dtype, first.device, height, width)
     if out is None:
-        out = first.new_empty((*lead, height, width))
-    if out.numel() > 0:
-        starts = iter([band.data_ptr() for band in given])
-        addresses = [0 if band is None else next(starts) for band in bands]
-        code, n, level = DTYPE_CODES[first.dtype], math.prod(lead), len(bands) // 3
-        call("waverec2", first.device, addresses, out.data_ptr(), code, n, height, width, edge, level, factor)
+        out = empty_like(image)
+    if n > 0:
+        addresses = [0 if band is None else band.data_ptr() for band in bands]
+        code, level = DTYPE_CODES[dtype], len(bands) // 3
+        call("waverec2", first, addresses, out.data_ptr(), code, n, height, width, edge, level, factor)
     return out

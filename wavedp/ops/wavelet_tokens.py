@@ -84,8 +84,9 @@ def _check_agreement(tokens: Sequence[Tensor]) -> Tensor:
     if not tokens:
         raise ValueError("wavelet_untokens takes the tokens of at least one scale")
     first = tokens[0]
+    dtype, device = first.dtype, first.device
     for scale, one in enumerate(tokens):
-        if one.dtype is not first.dtype or one.device != first.device:
+        if one.dtype is not dtype or one.device != device:
             raise ValueError(
                 f"the tokens of wavelet_untokens must agree in dtype and device, but scale 0 is {first.dtype} on "
                 f"{first.device} and scale {scale} {one.dtype} on {one.device}"
@@ -93,20 +94,18 @@ def _check_agreement(tokens: Sequence[Tensor]) -> Tensor:
     return first
 
 
-def _affine(
-    op: str, shift: Tensor | None, scale: Tensor | None, count: int, like: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Both as contiguous tensors [count] in the precision of the arithmetic, or neither."""
-    if shift is None and scale is None:
-        return None, None
+def _affine(op: str, shift: Tensor | None, scale: Tensor | None, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as contiguous tensors [count] in the precision of the arithmetic; one may be absent."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     result = []
     for name, value, absent in (("shift", shift, 0.0), ("scale", scale, 1.0)):
         if value is None:
             value = torch.full((count,), absent, dtype=dtype, device=like.device)
-        elif tuple(value.shape) != (count,):
+        elif value.shape != (count,):
             raise ValueError(f"the {name} of {op} must have the shape ({count},), not {tuple(value.shape)}")
-        result.append(value.to(like.device, dtype).contiguous())
+        if value.dtype is not dtype or value.device != like.device or not value.is_contiguous():
+            value = value.to(like.device, dtype).contiguous()
+        result.append(value)
     return result[0], result[1]
 
 
@@ -130,12 +129,14 @@ def compute_wavelet_tokens(
     out: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """The kernel of ``wavedp::wavelet_tokens``: tokens, then the energies where asked for; ``out`` is checked."""
-    _cached_check_images(x.dtype, x.shape, level, (grid[0], grid[1]))
-    shift, scale = _affine("wavelet_tokens", shift, scale, x.shape[1] * (3 * level + 1), x)
+    grid = grid[0], grid[1]
+    _cached_check_images(x.dtype, x.shape, level, grid)
+    if shift is not None or scale is not None:
+        shift, scale = _affine("wavelet_tokens", shift, scale, x.shape[1] * (3 * level + 1), x)
     dtype = result_dtype(x, dtype)
-    asked = kernel_dtype(x, dtype)
+    asked = dtype if dtype is x.dtype else kernel_dtype(x, dtype)
     forward = _module(level, x.device).wavelet_tokens_forward
-    arguments = (x, level, (grid[0], grid[1]), factor, shift, scale, gain, bias, asked, energies)
+    arguments = (x, level, grid, factor, shift, scale, gain, bias, asked, energies)
     tokens: list[Tensor]
     if out is not None and asked == dtype and writes_into(forward, out):
         tokens, squares = forward(*arguments, out=out)
@@ -161,12 +162,13 @@ def compute_wavelet_untokens(
     """The kernel of ``wavedp::wavelet_untokens``; ``out`` is checked already."""
     first = _check_agreement(tokens)
     channels, height, width = image
-    shapes = tuple([one.shape for one in tokens])
-    _cached_check_tokens(first.dtype, shapes, (channels, height, width), (grid[0], grid[1]))
+    grid = grid[0], grid[1]
+    _cached_check_tokens(first.dtype, tuple([one.shape for one in tokens]), (channels, height, width), grid)
     level = len(tokens) - 1
-    shift, scale = _affine("wavelet_untokens", shift, scale, channels * (3 * level + 1), first)
+    if shift is not None or scale is not None:
+        shift, scale = _affine("wavelet_untokens", shift, scale, channels * (3 * level + 1), first)
     forward = _module(level, first.device).wavelet_untokens_forward
-    arguments = (list(tokens), channels, height, width, (grid[0], grid[1]), factor, shift, scale)
+    arguments = (tokens, channels, height, width, grid, factor, shift, scale)
     if out is not None and writes_into(forward, [out]):
         forward(*arguments, out=out)
         written([out])

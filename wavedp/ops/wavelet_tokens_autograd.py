@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wavedp.ops.backend import requested_backend, use_backend
-from wavedp.ops.eager import are_plain_alike, is_differentiated, is_plain
+from wavedp.ops.eager import is_differentiated, is_plain
 from wavedp.ops.out import copied
 from wavedp.ops.wavelet import LIBRARY, torch_library
 from wavedp.ops.wavelet_autograd import batched
@@ -36,7 +36,8 @@ def wavelet_tokens(
 ) -> list[Tensor]:
     """``torch.ops.wavedp.wavelet_tokens``, with forward-mode derivatives and for ``torch.func`` too."""
     arguments = (x, level, grid, factor, shift, scale, gain, bias, dtype, energies)
-    if is_plain(*[one for one in (x, shift, scale, *(out or ())) if one is not None]):
+    others = () if shift is None and scale is None and out is None else (shift, scale, *(out or ()))
+    if is_plain(x, *[one for one in others if one is not None]):
         return compute_wavelet_tokens(*arguments, out)
     apply: Any = _WaveletTokens.apply if is_differentiated(x) else ops.wavelet_tokens
     tokens = list(apply(*arguments))
@@ -55,8 +56,7 @@ def wavelet_untokens(
     out: Tensor | None = None,
 ) -> Tensor:
     """``torch.ops.wavedp.wavelet_untokens``, with forward-mode derivatives and for ``torch.func`` too."""
-    others = [one for one in (shift, scale, out) if one is not None]
-    if (not others and are_plain_alike(tokens)) or is_plain(*tokens, *others):
+    if is_plain(*tokens, *[one for one in (shift, scale, out) if one is not None]):
         return compute_wavelet_untokens(tokens, image, grid, factor, shift, scale, out)
     result: Tensor
     if is_differentiated(*tokens):

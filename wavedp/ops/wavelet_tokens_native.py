@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wavedp.ops.wavelet_native import DTYPE_CODES, Packing, call
+from wavedp.ops.wavelet_native import DTYPE_CODES, Packing, call, empty_like, template
 from wavedp.ops.wavelet_tokens import token_shapes
 
 
 @functools.lru_cache(maxsize=4096)
-def _packing(shape: Sequence[int], itemsize: int, level: int, grid: tuple[int, int]) -> Packing:
-    return Packing(token_shapes(shape, level, grid), itemsize)
+def _plan(
+    shape: Sequence[int], strides: Sequence[int], itemsize: int, level: int, grid: tuple[int, int]
+) -> tuple[Packing, tuple[int, ...]]:
+    return Packing(token_shapes(shape, level, grid), itemsize), (*shape, *strides)
 
 
 def wavelet_tokens_forward(
@@ -32,7 +34,7 @@ def wavelet_tokens_forward(
     """:func:`wavedp.reference.wavelet_tokens.wavelet_tokens_forward` by a compiled library; the tokens are views of
     one allocation."""
     dtype = dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype)
-    packing = _packing(x.shape, dtype.itemsize, level, grid)
+    packing, axes = _plan(x.shape, x.stride(), dtype.itemsize, level, grid)
     squares = None
     if energies:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -43,12 +45,16 @@ def wavelet_tokens_forward(
     else:
         addresses = [one.data_ptr() for one in out]
     if packing.total > 0:
-        codes = DTYPE_CODES[x.dtype], DTYPE_CODES[dtype]
-        affine = (0, 0) if shift is None or scale is None else (shift.data_ptr(), scale.data_ptr())
-        by_channel = 0 if squares is None else squares.data_ptr()
-        images = (x.data_ptr(), codes[0], gain, bias, (*x.shape, *x.stride()))
-        call("wavelet_tokens", x.device, *images, addresses, codes[1], level, factor, *grid, *affine, by_channel)
+        images = (x.data_ptr(), DTYPE_CODES[x.dtype], gain, bias, axes)
+        starts = [0 if one is None else one.data_ptr() for one in (shift, scale, squares)]
+        call("wavelet_tokens", x, *images, addresses, DTYPE_CODES[dtype], level, factor, *grid, *starts)
     return (packing.views(flat) if out is None else out), squares
+
+
+@functools.lru_cache(maxsize=4096)
+def _images(batch: int, channels: int, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A template of the images."""
+    return template((batch, channels, height, width), dtype, device)
 
 
 def wavelet_untokens_forward(
@@ -65,21 +71,12 @@ def wavelet_untokens_forward(
     """:func:`wavedp.reference.wavelet_tokens.wavelet_untokens_forward` by a compiled library."""
     tokens = [one if one.is_contiguous() else one.contiguous() for one in tokens]
     first, level = tokens[0], len(tokens) - 1
+    batch, dtype = first.shape[0], first.dtype
     if out is None:
-        out = first.new_empty((first.shape[0], channels, height, width))
-    if out.numel() > 0:
+        out = empty_like(_images(batch, channels, height, width, dtype, first.device))
+    if batch > 0:
+        addresses = [one.data_ptr() for one in tokens]
+        sizes = (batch, channels, height, width, level)
         affine = (0, 0) if shift is None or scale is None else (shift.data_ptr(), scale.data_ptr())
-        addresses, code = [one.data_ptr() for one in tokens], DTYPE_CODES[first.dtype]
-        call(
-            "wavelet_untokens",
-            first.device,
-            addresses,
-            out.data_ptr(),
-            code,
-            *out.shape,
-            level,
-            factor,
-            *grid,
-            *affine,
-        )
+        call("wavelet_untokens", first, addresses, out.data_ptr(), DTYPE_CODES[dtype], *sizes, factor, *grid, *affine)
     return out
