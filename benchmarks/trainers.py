@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from wavedp.benchmarks.steps import FLOOR, Batch, Mechanism, Step, Trainer
-from wavedp.privacy import PrivacySpec, PrivateOptimizer
+from wavedp.privacy import PrivacyEngine
 
 QUIET = (
     "Full backward hook is firing when gradients are computed with respect to module outputs",  # Opacus, of embeddings
@@ -53,21 +53,22 @@ def trainers(device: torch.device) -> dict[str, Trainer]:
 
 
 def ours(model: nn.Module, optimizer: torch.optim.Optimizer, mechanism: Mechanism) -> Step:
-    """The whole private step; what only a run has, a sampler and a ledger, is left out, as it is for the others."""
-    spec = PrivacySpec(
+    """The ordinary loop under the engine; what only a run has, a loader and a ledger, is left out, as for the others."""
+    _, private, _ = PrivacyEngine().make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=None,
         sample_rate=0.01,
-        steps=10**8,
         noise_multiplier=mechanism.noise_multiplier,
         max_grad_norm=mechanism.max_grad_norm,
         expected_batch_size=mechanism.expected_batch_size,
-        delta=1e-6,
-        dataset_size_bound=100_000,
+        without_privacy=mechanism.noise_multiplier == 0,
     )
-    private = PrivateOptimizer(model, optimizer, spec, without_privacy=mechanism.noise_multiplier == 0)
 
     def step(batch: Batch) -> None:
-        private.backward(model(*batch))
+        model(*batch).mean().backward()
         private.step()
+        private.zero_grad()
 
     return step
 

@@ -13,7 +13,7 @@ from wavedp.reference.noise_step import StepTensor
 def chacha20_words_forward(key: Tensor, counter: int, nonce: Sequence[int], rounds: int, out: Tensor) -> None:
     """:func:`wavedp.reference.noise.chacha20_words_forward` by the C++ library."""
     address = key.data_ptr()
-    call("chacha20_words", out.device, address, counter, list(nonce), rounds, out.data_ptr(), out.numel())
+    call("chacha20_words", out, address, counter, list(nonce), rounds, out.data_ptr(), out.numel())
 
 
 def noisy_mean_forward(
@@ -32,7 +32,7 @@ def noisy_mean_forward(
     source = (0, 0) if total is None else (total.data_ptr(), DTYPE_CODES[total.dtype])
     target = out.data_ptr(), DTYPE_CODES[out.dtype]
     stream = key.data_ptr(), step, offset
-    call("noisy_mean", out.device, *stream, *source, *target, wide, std, grid, divisor, out.numel())
+    call("noisy_mean", out, *stream, *source, *target, wide, std, grid, divisor, out.numel())
 
 
 def noise_step_forward(
@@ -56,4 +56,4 @@ def noise_step_forward(
     kinds = {one.param.dtype == torch.float64 for one in tensors}
     for wide in sorted(kinds):
         arguments = (key.data_ptr(), step, offset, rule, wide, std, grid, divisor, addresses, sizes, codes, constants)
-        call("noise_step", tensors[0].param.device, *arguments)
+        call("noise_step", tensors[0].param, *arguments)
