@@ -2,7 +2,7 @@
 """The node behind each use of a booked parameter, and the two ways to take what it sees in a backward."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -119,19 +119,33 @@ def nonzero(x: Tensor) -> bool:
     return bool(((x != 0) & torch.isfinite(x)).any())
 
 
-@contextlib.contextmanager
-def exact_arithmetic() -> Iterator[None]:
+def exact_arithmetic() -> contextlib.AbstractContextManager[object]:
     """Keep norms and sums in full float32: no autocast, no TF32, no bfloat16 inside float32 products."""
+    autocast = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    if not hasattr(torch.backends, "fp32_precision"):  # torch < 2.9
+        if not autocast and torch.get_float32_matmul_precision() == "highest":
+            return contextlib.nullcontext()
+        return _exact(autocast, [])
+    backends: Any = torch.backends
+    products = [backends.mkldnn.matmul, backends.mkldnn.conv]
+    if torch.cuda.is_available():
+        products += [backends.cuda.matmul, backends.cudnn.conv]
+    inexact = [flags for flags in products if flags.fp32_precision != "ieee"]
+    # A library's "none" is what is set for all.
+    if not autocast and all(f.fp32_precision == "none" for f in inexact) and backends.fp32_precision in ("none", "ieee"):
+        return contextlib.nullcontext()
+    return _exact(autocast, inexact)
+
+
+@contextlib.contextmanager
+def _exact(autocast: Sequence[str], products: Sequence[Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
+        for kind in autocast:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if hasattr(torch.backends, "fp32_precision"):  # torch >= 2.9
-            backends: Any = torch.backends
-            products = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.mkldnn.conv)
-            for flags in products:
-                stack.callback(setattr, flags, "fp32_precision", flags.fp32_precision)
-                flags.fp32_precision = "ieee"
-        else:
+        for flags in products:
+            stack.callback(setattr, flags, "fp32_precision", flags.fp32_precision)
+            flags.fp32_precision = "ieee"
+        if not hasattr(torch.backends, "fp32_precision"):
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("highest")
         yield
