@@ -269,7 +269,7 @@ def _linear_norms_kernel(
             BLOCK_T,
             BLOCK_K,
         )
-    tl.store(squared_ptr + record, squared)
+    tl.store(squared_ptr + record, tl.where(squared < 0.0, 0.0, squared))  # of tokens that cancel; NaN stays
     tl.store(bound_ptr + record, bound)
 
     if bias_grads_ptr is not None:
