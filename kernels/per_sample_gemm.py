@@ -276,7 +276,7 @@ def scaled_weight_grad(g: torch.Tensor, a: torch.Tensor, factors: torch.Tensor) 
     grid = (tiling.splits * triton.cdiv(p, tiling.tile_p) * triton.cdiv(d, tiling.tile_d),)
     strides = (g.stride(0), g.stride(1), a.stride(0), a.stride(1), factors.stride(0))
     tile = {"BLOCK_P": tiling.tile_p, "BLOCK_D": tiling.tile_d, "BLOCK_K": tiling.depth}
-    launch = {"num_warps": 8 if tiling.tile_p * tiling.tile_d >= 64 * 64 else 4, "num_stages": tiling.num_stages}
+    launch = {"num_warps": 8 if tiling.by_records or tiling.tile_p == 64 else 4, "num_stages": tiling.num_stages}
     with on_device(g):
         if tiling.by_records:
             _scaled_records_kernel[grid](
