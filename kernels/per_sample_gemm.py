@@ -20,17 +20,31 @@ import torch
 import triton
 import triton.language as tl
 from wavedp.kernels.haar import on_device, wide_dtype
-from wavedp.kernels.per_sample_tiles import cdiv, dot, exponent, load_rows, operand, power_of_two
+from wavedp.kernels.per_sample_tiles import cdiv, dot, exponent, load_rows, max_of, operand, power_of_two
 
 MAX_RECORDS = 64
 MAX_ROWS = 8192
 SMALL_FACTOR = tl.constexpr(2.0**-60)
-"""A record with a smaller factor may have entries beyond float32 before it is clipped: its ``g`` is scaled first."""
+"""A record with a smaller factor may have entries beyond float32 before it is clipped: its rows are scaled first."""
 FEW_TOKENS = 16
 """The least depth of a product on tensor cores: with fewer tokens a record would leave part of it empty."""
 
 LEAST_ROWS = 512
 """Tokens of a split at least: its sum costs as much traffic as some hundred of them."""
+
+
+@triton.jit
+def _balanced(g, a, e, WIDE: tl.constexpr):
+    """Rows of ``g`` divided by the power of two of their largest entry, those of ``a`` times it and ``2^e``.
+
+    Their products are ``2^e g a``, but a power of two that makes one of them vanish is met by the other first.
+    """
+    g, a = g.to(WIDE), a.to(WIDE)
+    peaks = exponent(max_of(tl.abs(g), 1), WIDE)
+    power = peaks + e
+    half = power // 2  # 2^power may be no normal number
+    a = a * power_of_two(half, WIDE)[:, None] * power_of_two(power - half, WIDE)[:, None]
+    return g * power_of_two(-peaks, WIDE)[:, None], a
 
 
 @triton.jit
@@ -63,7 +77,8 @@ def _add_record(
         g = load_rows(g_ptr, tokens, tokens < end, stride_gt, row, p, BLOCK_P)
         a = load_rows(a_ptr, tokens, tokens < end, stride_at, col, d, BLOCK_D)
         if SCALED:
-            g = (g.to(tl.float32) * power_of_two(e, tl.float32)).to(g_ptr.dtype.element_ty)
+            g, a = _balanced(g, a, e, tl.float32)
+            g, a = g.to(g_ptr.dtype.element_ty), a.to(a_ptr.dtype.element_ty)
         product = dot(tl.trans(g), a, product, tl.float32)
     return total + rest * product
 
@@ -177,7 +192,10 @@ def _scaled_rows_kernel(
                 g_rows, a_rows = b * stride_gb + t * stride_gt, b * stride_ab + t * stride_at
                 g = tl.load(g_ptr + (g_rows[:, None] + ps[None, :]), mask=kept & (ps < p)[None, :], other=0.0)
                 a = tl.load(a_ptr + (a_rows[:, None] + ds[None, :]), mask=kept & (ds < d)[None, :], other=0.0)
-                part = dot(tl.trans(g.to(WIDE) * factors[:, None]), a.to(WIDE), part, WIDE)
+                e = exponent(tl.abs(factors), WIDE)
+                g, a = _balanced(g, a, e, WIDE)
+                g *= (factors * power_of_two(-e, WIDE))[:, None]
+                part = dot(tl.trans(g), a, part, WIDE)
             total += part.to(tl.float64)
     _store(sums_ptr, total, split, row, col, p, d, BLOCK_P, BLOCK_D)
 
@@ -258,7 +276,7 @@ def scaled_weight_grad(g: torch.Tensor, a: torch.Tensor, factors: torch.Tensor) 
     grid = (tiling.splits * triton.cdiv(p, tiling.tile_p) * triton.cdiv(d, tiling.tile_d),)
     strides = (g.stride(0), g.stride(1), a.stride(0), a.stride(1), factors.stride(0))
     tile = {"BLOCK_P": tiling.tile_p, "BLOCK_D": tiling.tile_d, "BLOCK_K": tiling.depth}
-    launch = {"num_warps": 8 if tiling.tile_p * tiling.tile_d >= 64 * 64 else 4, "num_stages": tiling.num_stages}
+    launch = {"num_warps": 8 if tiling.by_records or tiling.tile_p == 64 else 4, "num_stages": tiling.num_stages}
     with on_device(g):
         if tiling.by_records:
             _scaled_records_kernel[grid](

@@ -269,7 +269,7 @@ def _linear_norms_kernel(
             BLOCK_T,
             BLOCK_K,
         )
-    tl.store(squared_ptr + record, squared)
+    tl.store(squared_ptr + record, tl.where(squared < 0.0, 0.0, squared))  # of tokens that cancel; NaN stays
     tl.store(bound_ptr + record, bound)
 
     if bias_grads_ptr is not None:
@@ -334,8 +334,9 @@ def linear_norms(a: torch.Tensor, g: torch.Tensor, bias: bool) -> tuple[torch.Te
     launch = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     of_tokens = triton.cdiv(T, blocks.tile)
     parts = of_tokens * (of_tokens + 1) // 2 if by_gram else triton.cdiv(d, blocks.tile) * triton.cdiv(p, blocks.tile)
-    numbers = torch.empty(B * (2 + parts + 3 * of_tokens), dtype=torch.float64, device=a.device)
-    squared, bound, partial, lengths = numbers.split([B, B, B * parts, B * of_tokens * 3])
+    squared, bound, partial, lengths = (
+        torch.empty(n, dtype=torch.float64, device=a.device) for n in (B, B, B * parts, B * of_tokens * 3)
+    )
     sums = torch.empty((B, of_tokens, p), dtype=wide, device=a.device) if bias else None
     # One block of tokens has written the sums already.
     bias_grads = None if sums is None or of_tokens == 1 else torch.empty((B, p), dtype=wide, device=a.device)

@@ -98,14 +98,13 @@ def norm_grads(x: torch.Tensor, g: torch.Tensor, eps: float, subtract_mean: bool
     block = min(triton.next_power_of_2(d), 4096)
     rows = max(1, 4096 // block)
     parts = min(triton.cdiv(T, rows), max(1, PROGRAMS // B))
-    grads = torch.empty((2, B, parts, d), dtype=wide, device=x.device)
+    weight, bias = (torch.empty((B, parts, d), dtype=wide, device=x.device) for _ in range(2))
     with on_device(x):
         _norm_grads_kernel[(B * parts * triton.cdiv(d, block),)](
-            x, g, grads[0], grads[1], x.stride(0), x.stride(1), g.stride(0), g.stride(1), T, d, parts, eps,
+            x, g, weight, bias, x.stride(0), x.stride(1), g.stride(0), g.stride(1), T, d, parts, eps,
             SUBTRACT_MEAN=subtract_mean, ROWS=rows, BLOCK=block, ONE_BLOCK=d <= block, num_warps=8,
         )  # fmt: skip
-    weight, bias = grads.squeeze(2) if parts == 1 else grads.sum(2)
-    return weight, bias
+    return (weight.squeeze(1), bias.squeeze(1)) if parts == 1 else (weight.sum(1), bias.sum(1))
 
 
 @triton.jit(do_not_specialize=["parts"])

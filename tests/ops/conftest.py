@@ -69,7 +69,7 @@ def fresh_kernels() -> Callable[..., ModuleType]:
 
 @pytest.fixture(scope="session")
 def interpreted_kernels() -> dict[str, ModuleType]:
-    return {name: load_fresh_kernels(name, interpreted=True) for name in ("wavelet", "wavelet_tokens")}
+    return {name: load_fresh_kernels(name, interpreted=True) for name in ("wavelet", "wavelet_tokens", "per_sample")}
 
 
 @pytest.fixture(params=TARGETS, ids=str)

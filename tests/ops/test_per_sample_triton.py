@@ -272,3 +272,20 @@ def test_empty(kernels: ModuleType, shape: tuple[int, ...]) -> None:
         for one, other in zip(actual if several else [actual], exact if several else [exact], strict=True):
             assert one.dtype == other.dtype, name
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("size", "factor"), [(2.0**120, 2.0**-70), (2.0**-120, 2.0**-70), (2.0**126, 2.0**-20)])
+def test_a_factor_is_not_rounded_away(kernels: ModuleType, dtype: torch.dtype, size: float, factor: float) -> None:
+    """One of ``a`` and ``g`` is huge, the other tiny, and the tiny one times the factor no normal number."""
+    a, g = (1.0 + torch.rand(2, 20, 4)) * size, (1.0 + torch.rand(2, 20, 6)) / size
+    a, g, factors = a.to(dtype), g.to(dtype), torch.tensor([factor * 1.37, 0.0])
+    exact = reference.scaled_weight_grad(g.double(), a.double(), factors.double())
+    assert_near(kernels.scaled_weight_grad(g, a, factors) / exact, torch.ones(6, 4), 1.0, dtype)
+
+
+def test_tokens_that_cancel_have_no_negative_norm(kernels: ModuleType) -> None:
+    a, g = noise(50, 1, 30).expand(-1, 2, -1), noise(50, 1, 30) * torch.tensor([1.0, -1.0])[:, None]
+    squared, bound, _ = kernels.linear_norms(a * (1 + 1e-6 * noise(50, 2, 1)), g, False)
+    assert (squared >= 0.0).all()
+    assert (squared <= 2.0**-20 * bound.square()).all()
