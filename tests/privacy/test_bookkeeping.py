@@ -2,6 +2,7 @@
 """Book-keeping is exact against vmap(grad), and refuses whatever it cannot bound."""
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wavedp.privacy import FlatClipping, GradientBook, clip_and_sum
+from wavedp.privacy.per_sample import OuterProducts
 
 Make = Callable[..., Any]
 
@@ -61,6 +63,37 @@ def test_exact_with_frozen_parameters(
     with GradientBook(model) as book:
         sums = book.clipped_sums(losses(model, *data), FlatClipping(0.5))
     assert_sums_match(sums, grads, 0.5, 1e-10)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_two_backwards_give_the_same_sums(transformer: Make, losses: Make, batch: Make, grouped: bool) -> None:
+    """`twice` and `norm` are called twice in a forward: their parts are kept for the cross terms."""
+    model, data = transformer(), batch(6)
+    sample_id = torch.tensor([0, 1, 1, 2, 0, 3]) if grouped else None
+    sums = []
+    for two in (False, True):
+        with GradientBook(model, two_backwards=two) as book:
+            for _ in range(3):  # with looks between the records, and without
+                sums.append(book.clipped_sums(losses(model, *data), FlatClipping(0.5), sample_id=sample_id))
+    for other in sums[1:]:
+        assert other.keys() == sums[0].keys()
+        for name, total in sums[0].items():
+            assert torch.allclose(other[name], total, rtol=1e-12, atol=1e-14)
+
+
+def test_two_backwards_keep_no_output_gradients() -> None:
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)])
+    held = []
+
+    class Watching(FlatClipping):
+        def observe(self, squared_norms: Any) -> None:
+            gc.collect()
+            held.append(sum(isinstance(x, OuterProducts) for x in gc.get_objects()))
+
+    for two in (False, True):
+        with GradientBook(model, two_backwards=two) as book:
+            book.clipped_sums(model(torch.randn(4, 64)).sum(1), Watching(1.0))
+    assert held == [8, 0]
 
 
 def test_exact_for_a_single_record_and_many_steps(

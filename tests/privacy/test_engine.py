@@ -361,6 +361,16 @@ def test_a_failed_backward_leaves_nothing_for_the_next() -> None:
         optimizer.step()
 
 
+def test_two_backwards_need_the_losses() -> None:
+    model = TinyGPT()
+    _, optimizer, _ = private(model, two_backwards=True)
+    ids, targets = tokens(3)
+    with pytest.raises(RuntimeError, match=r"backward\(losses\)"):
+        token_loss(model, ids, targets).backward()
+    optimizer.backward(F.cross_entropy(model(ids).mT, targets, reduction="none").mean(1))
+    optimizer.step()
+
+
 def test_gradient_penalties_are_refused() -> None:
     model = nn.Linear(3, 1)
     _, _optimizer, _ = private(model)

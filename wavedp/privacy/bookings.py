@@ -35,59 +35,95 @@ class RecordMap:
 
 
 class Bookings:
-    """The per-record gradients that one backward booked, by the model's parameter names."""
+    """The per-record gradients that one backward booked, by the model's parameter names.
 
-    def __init__(self, record_map: RecordMap | None = None) -> None:
+    Args:
+        record_map: the records of the rows; every row its own if ``None``.
+        norms_only: keep no more than the norms of a parameter's only use; a second backward adds it up then.
+    """
+
+    def __init__(self, record_map: RecordMap | None = None, *, norms_only: bool = False) -> None:
         self.record_map = record_map
         self.rows: int | None = None
+        self._norms_only = norms_only
         self._forms: dict[str, list[PerSampleGradient]] = {}
+        self._left: dict[str, Tensor] = {}  # squared norms of what a second backward adds up
 
     def add(self, name: str, form: PerSampleGradient, *, alone: bool) -> None:
         """Book one use of a parameter; ``alone`` promises that it is the only one, so its norms are taken at once.
 
         What is booked was just computed and is in the cache then.
         """
-        if self.record_map is not None:
-            form = form.by_record(self.record_map.index, self.record_map.records)
+        form = self.of_records(form)
+        if alone and self._norms_only:
+            self._left[name] = form.squared_norms()
+            return
         if alone:
             form.squared_norms()
         self._forms.setdefault(name, []).append(form)
+
+    def of_records(self, form: PerSampleGradient) -> PerSampleGradient:
+        """The gradients of records, where those of rows are given."""
+        return form if self.record_map is None else form.by_record(self.record_map.index, self.record_map.records)
 
     @property
     def records(self) -> int:
         """Records that were booked."""
         return (self.rows or 0) if self.record_map is None else self.record_map.records
 
+    @property
+    def left(self) -> frozenset[str]:
+        """Parameters that a second backward has to add up."""
+        return frozenset(self._left)
+
     def squared_norms(self, clipping: Clipping, scale: float, device: torch.device) -> dict[str, Tensor]:
         """Every record's squared norm ``[B]`` float64 in each clipping group that was reached; joins the uses."""
         norms: dict[str, Tensor] = {}
         for name, forms in self._forms.items():
-            form = combined(forms)
-            self._forms[name] = [form]
-            squared = form.squared_norms().to(device)
+            self._forms[name] = [combined(forms)]
+        squares = {name: form.squared_norms() for name, (form,) in self._forms.items()}
+        for name, squared in {**squares, **self._left}.items():
             group = clipping.group_of(name)
+            squared = squared.to(device)
             norms[group] = norms[group] + squared if group in norms else squared
         return {group: squared * (scale * scale) for group, squared in norms.items()}
 
-    def clipped_sums(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        clipping: Clipping,
-        norms: Mapping[str, Tensor],
-        scale: float,
-    ) -> dict[str, Tensor]:
-        """The sums over records of clipped gradients, each of the parameter's shape; empties the bookings."""
-        by_dtype: dict[torch.dtype, dict[str, Tensor]] = {}
+    def clipped_sums(self, factors: "Factors") -> dict[str, Tensor]:
+        """The sums over records of clipped gradients, by parameter; empties the bookings."""
         sums = {}
         for name in list(self._forms):
             (form,) = self._forms.pop(name)
-            parameter = parameters[name]
-            dtype = accumulation_dtype(parameter.dtype)
-            if dtype not in by_dtype:
-                by_dtype[dtype] = _scaled(clipping.group_factors(norms, dtype), scale)
-            factors = by_dtype[dtype][clipping.group_of(name)].to(parameter.device)
-            sums[name] = form.weighted_sum(factors).reshape(parameter.shape)
+            sums[name] = factors.clipped_sum(name, form)
         return sums
+
+
+class Factors:
+    """The clipping factors of the records of one backward, times ``scale``.
+
+    Args:
+        parameters: the model's trainable parameters by name.
+        clipping: the rule.
+        norms: squared norms by clipping group, scaled.
+        scale: what gradients as booked are multiplied by.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], clipping: Clipping, norms: Mapping[str, Tensor], scale: float
+    ) -> None:
+        self._parameters = parameters
+        self._clipping = clipping
+        self._norms = norms
+        self._scale = scale
+        self._by_dtype: dict[torch.dtype, dict[str, Tensor]] = {}
+
+    def clipped_sum(self, name: str, form: PerSampleGradient) -> Tensor:
+        """The sum over records of the clipped gradients of one parameter, in its shape."""
+        parameter = self._parameters[name]
+        dtype = accumulation_dtype(parameter.dtype)
+        if dtype not in self._by_dtype:
+            self._by_dtype[dtype] = _scaled(self._clipping.group_factors(self._norms, dtype), self._scale)
+        factors = self._by_dtype[dtype][self._clipping.group_of(name)].to(parameter.device)
+        return form.weighted_sum(factors).reshape(parameter.shape)
 
 
 def _scaled(factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

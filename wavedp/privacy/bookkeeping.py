@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from wavedp.privacy import compiled
-from wavedp.privacy.bookings import Bookings, RecordMap
+from wavedp.privacy.bookings import Bookings, Factors, RecordMap
 from wavedp.privacy.clipping import Clipping
 from wavedp.privacy.coverage import BookedLayer, booked_layers, saved_buffers, trainable_parameters
 from wavedp.privacy.functional_uses import FunctionalUses
 from wavedp.privacy.layers import Call, LayerRule
 from wavedp.privacy.per_sample import PerSampleGradient
 from wavedp.privacy.probe import IndependenceProbe, Place, rows_of_outputs
-from wavedp.privacy.taps import Booking, Look, Taker, Tap, exact_arithmetic
+from wavedp.privacy.taps import Booking, Look, Summing, Taker, Tap, exact_arithmetic
 
 _BOOKED = "wavedp.privacy: booked"
 
@@ -37,13 +37,22 @@ class GradientBook:
         model: its trainable parameters belong to layers that :mod:`wavedp.privacy.rules` knows; any other
             layer may be there without trainable parameters, unless it mixes records.
         listener: called at the end of every other backward that reached a booked layer, with what it booked.
+        two_backwards: take the norms in one backward and the sums in a second, in :meth:`clipped_sums` alone: output
+            gradients are not kept, which saves as many bytes as the model's layers put out, for a third more time.
 
     Raises:
         ValueError: the model has something that cannot be booked exactly; nothing has been changed then.
     """
 
-    def __init__(self, model: nn.Module, *, listener: Callable[[Bookings], None] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        listener: Callable[[Bookings], None] | None = None,
+        two_backwards: bool = False,
+    ) -> None:
         self.model = model
+        self._two_backwards = two_backwards
         self.parameters = trainable_parameters(model)
         self._layers: dict[str, BookedLayer] = booked_layers(model)
         self._in_layers = {name: booked.layer for name, booked in self._layers.items()}
@@ -53,7 +62,7 @@ class GradientBook:
         self._listener = listener
         self._taker: Taker | None = None
         self._heard: tuple[int, Booking] | None = None  # the backward a listener waits for, by autograd's number
-        self._runs: Counter[Place] = Counter()  # uses since the last backward
+        self._runs: Counter[str] = Counter()  # uses of each layer since the last backward
         self._anchors: list[Tensor] = []
         self._anchor = torch.zeros((), requires_grad=True)  # of the taps in compiled graphs
         self._probe = IndependenceProbe()
@@ -109,19 +118,14 @@ class GradientBook:
         if losses.numel() == 0:
             return {}
         try:
-            bookings = self._backward(losses, None if sample_id is None else RecordMap(sample_id))
-            self._check_after()
-            return self.clip(bookings, clipping)
+            return self._backward(losses, clipping, None if sample_id is None else RecordMap(sample_id))
         finally:
             self.forget()
 
     def clip(self, bookings: Bookings, clipping: Clipping, *, scale: float = 1.0) -> dict[str, Tensor]:
         """The clipped sums of what was booked, every gradient times ``scale`` first; empties the bookings."""
-        device = next(iter(self.parameters.values())).device
         with torch.no_grad(), exact_arithmetic():
-            norms = bookings.squared_norms(clipping, scale, device)
-            clipping.observe(norms)
-            return bookings.clipped_sums(self.parameters, clipping, norms, scale)
+            return bookings.clipped_sums(self._factors(bookings, clipping, scale))
 
     def forget(self) -> None:
         """Drop what a backward left: a half-booked one, and gradients of paths that are not booked."""
@@ -197,7 +201,7 @@ class GradientBook:
     def note(self, place: Place) -> None:
         """Take note of a use in a forward."""
         self._probe.note(place)
-        self._runs[place] += 1
+        self._runs[place[0]] += 1
 
     def _tap(self, place: Place, output: Tensor, inputs: Tensor) -> Tensor:
         self.note(place)
@@ -242,6 +246,8 @@ class GradientBook:
         assert self._listener is not None
         heard = self._heard[1]
         try:
+            if self._two_backwards:
+                raise RuntimeError("two backwards save memory in backward(losses) alone, and not in loss.backward()")
             self._check_after()
             if heard.unverified and (heard.bookings.rows or 0) > 1:
                 raise RuntimeError(
@@ -258,7 +264,7 @@ class GradientBook:
 
     def _gradients(self, place: Place, call: Call) -> Iterator[tuple[str, PerSampleGradient, bool]]:
         layer, rule, names = self._layers[place[0]]
-        once = self._runs[place] == 1
+        once = self._runs[place[0]] == 1
         for key, form in rule.gradients(layer, place[1], call).items():
             if key in names:
                 yield names[key], form, once and names[key] not in self._tied
@@ -267,22 +273,35 @@ class GradientBook:
         layer, rule, _ = self._layers[place[0]]
         return rule.min_axes(layer, place[1])
 
-    def _backward(self, losses: Tensor, record_map: RecordMap | None) -> Bookings:
+    def _factors(self, bookings: Bookings, clipping: Clipping, scale: float) -> Factors:
+        norms = bookings.squared_norms(clipping, scale, next(iter(self.parameters.values())).device)
+        clipping.observe(norms)
+        return Factors(self.parameters, clipping, norms, scale)
+
+    def _backward(self, losses: Tensor, clipping: Clipping, record_map: RecordMap | None) -> dict[str, Tensor]:
         due = self._probe.due(losses)
-        main = self._booking(Bookings(record_map), len(losses))
-        self._differentiate(main, losses, torch.ones_like(losses), retain_graph=due)
-        looked: set[Place] = set()
-        if len(losses) > 1:
-            if main.unverified and not due:
-                raise RuntimeError(
-                    f"{_named(main.unverified)} ran first inside the backward, in a reentrant "
-                    f"checkpoint, so whether they keep records apart cannot be looked at; use "
-                    f"checkpoint(..., use_reentrant=False)"
-                )
-            if due:
-                looked = self._look([losses], len(losses), full=bool(main.unverified))
+        bookings = Bookings(record_map, norms_only=self._two_backwards)
+        main = self._booking(bookings, len(losses))
+        ones = torch.ones_like(losses)
+        self._differentiate(main, losses, ones, retain_graph=due or self._two_backwards)
+        if len(losses) > 1 and main.unverified and not due:
+            raise RuntimeError(
+                f"{_named(main.unverified)} ran first inside the backward, in a reentrant "
+                f"checkpoint, so whether they keep records apart cannot be looked at; use "
+                f"checkpoint(..., use_reentrant=False)"
+            )
+        self._check_after()
+        with torch.no_grad(), exact_arithmetic():
+            factors = self._factors(bookings, clipping, 1.0)
+            sums = bookings.clipped_sums(factors)
+        if self._two_backwards:
+            second = Summing(bookings, factors, self._gradients)
+            self._differentiate(second, losses, ones, retain_graph=due)
+            sums |= second.sums
+        looked = self._look([losses], len(losses), full=bool(main.unverified)) if due else set()
+        self._check_after()
         self._probe.passed(losses, looked)
-        return main.bookings
+        return sums
 
     def _look_at(self, output: Any) -> None:
         """Look at a model's outputs where the loss of a plain backward will not be known."""

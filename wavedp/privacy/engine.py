@@ -62,6 +62,7 @@ class PrivacyEngine:
         clipping: Rule = "flat",
         physical_batch_size: int | None = None,
         loss_reduction: str = "mean",
+        two_backwards: bool = False,
         steps: int | None = None,
         delta: float | None = None,
         ledger: PrivacyLedger | None = None,
@@ -85,6 +86,8 @@ class PrivacyEngine:
                 of the loader, and ``step`` does nothing before the last of them. Bounds memory, not privacy.
             loss_reduction: how the loss that ``backward`` is called on was made of one loss per row: ``"mean"`` or
                 ``"sum"``.
+            two_backwards: for models whose output gradients do not fit into memory beside their activations: takes
+                the norms in one backward and the sums in a second, by ``optimizer.backward(losses)``.
             steps: batches in the whole run, if it has a fixed number.
             delta: of the statement, below 1 / (number of records); needs ``steps``.
             ledger: charges steps on disk; opened for :attr:`PrivacySpec` of the same values.
@@ -106,16 +109,17 @@ class PrivacyEngine:
             delta=2.0**-40 if delta is None else delta,
         )
         self._open_end = steps is None
-        return self._attach(
-            spec,
-            module,
-            optimizer,
-            data_loader,
-            physical_batch_size,
-            loss_reduction,
-            ledger,
-            insecure_seed,
-            without_privacy,
+        return self.make_private_with_spec(
+            spec=spec,
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            physical_batch_size=physical_batch_size,
+            loss_reduction=loss_reduction,
+            two_backwards=two_backwards,
+            ledger=ledger,
+            insecure_seed=insecure_seed,
+            without_privacy=without_privacy,
         )
 
     def make_private_with_epsilon(
@@ -133,6 +137,7 @@ class PrivacyEngine:
         clipping: Rule = "flat",
         physical_batch_size: int | None = None,
         loss_reduction: str = "mean",
+        two_backwards: bool = False,
         ledger: PrivacyLedger | None = None,
         insecure_seed: int | None = None,
     ) -> "tuple[nn.Module, EngineOptimizer, PrivateLoader | None]":
@@ -154,9 +159,69 @@ class PrivacyEngine:
             target_epsilon=target_epsilon, sample_rate=unnoised.sample_rate, steps=unnoised.steps, delta=unnoised.delta
         )
         spec = replace(unnoised, noise_multiplier=found)
-        return self._attach(
-            spec, module, optimizer, data_loader, physical_batch_size, loss_reduction, ledger, insecure_seed, False
+        return self.make_private_with_spec(
+            spec=spec,
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            physical_batch_size=physical_batch_size,
+            loss_reduction=loss_reduction,
+            two_backwards=two_backwards,
+            ledger=ledger,
+            insecure_seed=insecure_seed,
         )
+
+    def make_private_with_spec(
+        self,
+        *,
+        spec: PrivacySpec,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any] | None,
+        physical_batch_size: int | None = None,
+        loss_reduction: str = "mean",
+        two_backwards: bool = False,
+        ledger: PrivacyLedger | None = None,
+        insecure_seed: int | None = None,
+        without_privacy: bool = False,
+    ) -> "tuple[nn.Module, EngineOptimizer, PrivateLoader | None]":
+        """As :meth:`make_private`, under a specification; with a ledger, for the steps that are left in it.
+
+        Raises:
+            TypeError, ValueError: as :meth:`make_private`; the data set is larger than the specification's bound.
+            LedgerError: the ledger was opened for another specification.
+        """
+        if self._optimizer is not None:
+            raise RuntimeError("this engine serves another run already: build a PrivacyEngine for each")
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        sampler = None
+        if data_loader is not None:
+            if not isinstance(data_loader, DataLoader):
+                raise TypeError(f"data_loader must be a torch DataLoader, got {type(data_loader).__name__}")
+            steps = None if ledger is None else ledger.remaining
+            count = len(data_loader.dataset)  # type: ignore[arg-type]
+            sampler = PoissonSampler.for_spec(spec, count, steps=steps, insecure_seed=insecure_seed)
+        private = PrivateOptimizer(
+            module,
+            optimizer,
+            spec,
+            sampler=sampler,
+            ledger=ledger,
+            insecure_seed=insecure_seed,
+            without_privacy=without_privacy,
+            loss_reduction=loss_reduction,
+            two_backwards=two_backwards,
+        )
+        loader = None
+        if data_loader is not None:
+            try:
+                loader = PrivateLoader(data_loader, private, physical_batch_size)
+            except BaseException:
+                private.close()
+                raise
+        self._optimizer = EngineOptimizer(private, loader)
+        return module, self._optimizer, loader
 
     def get_epsilon(self, delta: float) -> float:
         """Return the upper bound on epsilon for the steps charged so far, add-or-remove-one.
@@ -196,49 +261,6 @@ class PrivacyEngine:
         if self._optimizer is None:
             raise RuntimeError("nothing was made private yet: call make_private")
         return self._optimizer.private
-
-    def _attach(
-        self,
-        spec: PrivacySpec,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        data_loader: DataLoader[Any] | None,
-        physical_batch_size: int | None,
-        loss_reduction: str,
-        ledger: PrivacyLedger | None,
-        insecure_seed: int | None,
-        without_privacy: bool,
-    ) -> "tuple[nn.Module, EngineOptimizer, PrivateLoader | None]":
-        if self._optimizer is not None:
-            raise RuntimeError("this engine serves another run already: build a PrivacyEngine for each")
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
-        sampler = None
-        if data_loader is not None:
-            if not isinstance(data_loader, DataLoader):
-                raise TypeError(f"data_loader must be a torch DataLoader, got {type(data_loader).__name__}")
-            steps = None if ledger is None else ledger.remaining
-            count = len(data_loader.dataset)  # type: ignore[arg-type]
-            sampler = PoissonSampler.for_spec(spec, count, steps=steps, insecure_seed=insecure_seed)
-        private = PrivateOptimizer(
-            module,
-            optimizer,
-            spec,
-            sampler=sampler,
-            ledger=ledger,
-            insecure_seed=insecure_seed,
-            without_privacy=without_privacy,
-            loss_reduction=loss_reduction,
-        )
-        loader = None
-        if data_loader is not None:
-            try:
-                loader = PrivateLoader(data_loader, private, physical_batch_size)
-            except BaseException:
-                private.close()
-                raise
-        self._optimizer = EngineOptimizer(private, loader)
-        return module, self._optimizer, loader
 
 
 class EngineOptimizer(torch.optim.Optimizer):

@@ -67,6 +67,8 @@ class PrivateOptimizer:
         without_privacy: must be set if ``spec.noise_multiplier`` is 0; no privacy statement is issued then.
         loss_reduction: ``"mean"`` or ``"sum"`` lets a plain ``loss.backward()`` add to the batch too, ``loss`` being
             that reduction of one loss per row; ``None`` refuses it.
+        two_backwards: saves memory for a third more time, see :class:`~wavedp.privacy.GradientBook`; takes
+            :meth:`backward` in place of ``loss.backward()``.
 
     Raises:
         TypeError: an argument of a wrong type; a sampler of a subclass.
@@ -88,6 +90,7 @@ class PrivateOptimizer:
         insecure_seed: int | None = None,
         without_privacy: bool = False,
         loss_reduction: str | None = None,
+        two_backwards: bool = False,
     ) -> None:
         for name, value, kind in (
             ("model", model, nn.Module),
@@ -124,7 +127,8 @@ class PrivateOptimizer:
         self._releasing = False
         self._changed_at_close: list[str] = []
         self._loss_reduction = loss_reduction
-        self._book = GradientBook(model, listener=None if loss_reduction is None else self._heard)
+        listener = None if loss_reduction is None else self._heard
+        self._book = GradientBook(model, listener=listener, two_backwards=two_backwards)
         try:
             rule = spec.clipping.for_parameters(self._book.parameters)
             self._clipping = rule.session(Entropy(insecure_seed, "clipping"))

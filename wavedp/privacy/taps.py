@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wavedp.privacy.bookings import Bookings
+from wavedp.privacy.bookings import Bookings, Factors
 from wavedp.privacy.layers import Call
 from wavedp.privacy.probe import Place
 
@@ -84,6 +84,32 @@ class Booking:
                 bookings.add(name, form, alone=alone)
 
 
+class Summing:
+    """Adds up, in a second backward of what was booked, the clipped gradients of parameters that were left for it."""
+
+    def __init__(
+        self,
+        bookings: Bookings,
+        factors: Factors,
+        gradients: Callable[[Place, Call], Iterator[tuple[str, Any, bool]]],
+    ) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._bookings = bookings
+        self._factors = factors
+        self._gradients = gradients
+
+    def take(self, place: Place, call: Call) -> None:
+        record_map = self._bookings.record_map
+        with torch.no_grad(), exact_arithmetic():
+            if record_map is not None:
+                call = Call(call.inputs, record_map.weighted(call.output_grads))
+            for name, form, _ in self._gradients(place, call):
+                if name in self._bookings.left:
+                    if name in self.sums:
+                        raise RuntimeError(f"parameter {name!r} was used once in the first backward and twice in this")
+                    self.sums[name] = self._factors.clipped_sum(name, self._bookings.of_records(form))
+
+
 class Look:
     """Looks whether rows outside a part of the batch receive a gradient when only the part is differentiated."""
 
@@ -131,8 +157,9 @@ def exact_arithmetic() -> contextlib.AbstractContextManager[object]:
     if torch.cuda.is_available():
         products += [backends.cuda.matmul, backends.cudnn.conv]
     inexact = [flags for flags in products if flags.fp32_precision != "ieee"]
-    # A library's "none" is what is set for all.
-    if not autocast and all(f.fp32_precision == "none" for f in inexact) and backends.fp32_precision in ("none", "ieee"):
+    # "none" is what is set for all.
+    exact_by_default = backends.fp32_precision in ("none", "ieee") and all(f.fp32_precision == "none" for f in inexact)
+    if exact_by_default and not autocast:
         return contextlib.nullcontext()
     return _exact(autocast, inexact)
 
