@@ -31,7 +31,8 @@ class RecordMap:
     def weighted(self, output_grads: Tensor) -> Tensor:
         """Divide every row of ``[rows, ...]`` by the number of rows that its record has."""
         weights = self._weights.to(output_grads.device, torch.promote_types(output_grads.dtype, torch.float32))
-        return output_grads * weights.reshape(-1, *[1] * (output_grads.ndim - 1))
+        weighted: Tensor = output_grads * weights.reshape(-1, *[1] * (output_grads.ndim - 1))
+        return weighted
 
 
 class Bookings:

@@ -191,7 +191,7 @@ class GradientBook:
         self._tied |= set(names.values())
         return self._tap((path, "", inputs.ndim), output, inputs)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _look_compiled(self, output: Any) -> Any:
         if self._listener is not None:
             self._anchors.append(self._anchor)
@@ -228,11 +228,11 @@ class GradientBook:
                 f"PrivateOptimizer.backward(losses) with the vector of per-record losses, once per "
                 f"micro-batch, in place of loss.backward()"
             )
-        number = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
+        number = torch._C._current_graph_task_id()
         if self._heard is None:
             record_map = None if self.sample_id is None else RecordMap(self.sample_id)
             self._heard = (number, self._booking(Bookings(record_map)))
-            torch.autograd.Variable._execution_engine.queue_callback(self._tell)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._tell)
         if self._heard[0] != number:
             raise RuntimeError(
                 "a backward before this one failed, or this one runs inside another, as in a reentrant checkpoint: "

@@ -46,7 +46,7 @@ def keep_buffers() -> None:
     """Let graphs that are compiled from now on run backward more than once, as the look between records does."""
     import torch._functorch.config
 
-    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    torch._functorch.config.donated_buffer = False
 
 
 def tap(output: Tensor, anchor: Tensor, inputs: Tensor, number: int) -> Tensor:

@@ -164,7 +164,8 @@ class TiedEmbedding:
         e, h = self._embedding, self._linear
         total = e.squared_norms() + h.squared_norms() + 2.0 * self._cross()
         lengths = e.g.double().norm(dim=-1).sum(1) * (h.g.double().norm(dim=-1) * h.a.double().norm(dim=-1)).sum(1)
-        return total.clamp_min(0.0) + NORM_ROUNDING[torch.float64] * lengths
+        bound: Tensor = total.clamp_min(0.0) + NORM_ROUNDING[torch.float64] * lengths
+        return bound
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         return self._embedding.weighted_sum(factors) + self._linear.weighted_sum(factors)
