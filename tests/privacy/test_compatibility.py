@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from wavedp import PrivacyEngine
 from wavedp.privacy import FlatClipping, GradientBook
 
 PAGE = Path(__file__).parents[2] / "docs" / "correctness.md"
@@ -218,10 +219,10 @@ def _(measure: Callable[..., Any]) -> Any:
 
 @case("GPT-2 of transformers, positions shared by the batch")
 def _(measure: Callable[..., Any]) -> Any:
-    model = gpt2()
-    with GradientBook(model) as book:
-        losses = next_token(lambda ids: model(ids).logits, texts())  # type: ignore[arg-type]
-        return book.clipped_sums(losses, FlatClipping(1.0))
+    def losses(model: nn.Module, ids: Tensor) -> Tensor:
+        return next_token(lambda x: model(x).logits, ids)  # type: ignore[arg-type]
+
+    return measure(gpt2().double(), losses, (texts(),))
 
 
 def gpt2() -> nn.Module:
@@ -430,6 +431,64 @@ def _(model: nn.Module, x: Tensor) -> Tensor:
 @refused_losses("a parameter used along a path that is not booked")
 def _(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).sum((1, 2)) + (model[0].weight.sum() * x.sum((1, 2)))
+
+
+# The ordinary loop
+
+
+def engine_row(name: str, *, tolerance: float = 1e-9) -> Callable[..., Any]:
+    """What ``run(model, ids)``, plain backwards of a GPT under the engine, adds up before the step."""
+
+    def add(run: Callable[[nn.Module, Tensor], None]) -> Callable[..., Any]:
+        @case(name, tolerance=tolerance)
+        def _(measure: Callable[..., Any]) -> Any:
+            model, ids, bound = GPT().double(), texts(6), 1.0
+            expected = measure(model, next_token, (ids,), bound=bound)
+
+            def sums(dtype: torch.dtype, rows: Tensor) -> Tensor:
+                subject = copy.deepcopy(model).to(dtype)
+                _, optimizer, _ = PrivacyEngine().make_private(
+                    module=subject,
+                    optimizer=torch.optim.SGD(subject.parameters(), lr=1.0),
+                    data_loader=None,
+                    sample_rate=0.1,
+                    noise_multiplier=0.0,
+                    max_grad_norm=bound,
+                    expected_batch_size=1.0,
+                    without_privacy=True,
+                )
+                run(subject, rows)
+                added = optimizer.private._sums
+                return torch.cat([added[name].double().flatten() for name in sorted(added)])
+
+            whole = torch.cat([expected.sums[name].flatten() for name in sorted(expected.sums)])
+            error = (sums(torch.float64, ids) - whole).norm() / whole.norm()
+            largest = max(float(sums(torch.float32, row[None]).norm()) / bound for row in ids)
+            return Outcome(expected.error + float(error), largest, expected.clipped)
+
+        return run
+
+    return add
+
+
+@engine_row("engine, loss.backward() of the mean loss")
+def _(model: nn.Module, ids: Tensor) -> None:
+    next_token(model, ids).mean().backward()
+
+
+@engine_row("engine, micro-batches, with evaluation and an unused forward between them")
+def _(model: nn.Module, ids: Tensor) -> None:
+    for part in ids.split(4):
+        with torch.no_grad():
+            model(ids)
+        model(ids)
+        next_token(model, part).mean().backward()
+
+
+@engine_row("engine, torch.compile (inductor)", tolerance=1e-6)
+def _(model: nn.Module, ids: Tensor) -> None:
+    next_token(torch.compile(model), ids).mean().backward()
+    torch.compiler.reset()
 
 
 # The table

@@ -11,26 +11,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wavedp.privacy import FlatClipping, GradientBook
+from wavedp.privacy import FlatClipping, GradientBook, clip_and_sum
 from wavedp.privacy.probe import IndependenceProbe, Place
 
 Make = Callable[..., Any]
 
 
 class SharedPositions(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, leading: bool = False) -> None:
         super().__init__()
         self.position = nn.Embedding(4, 3)
+        self.leading = leading
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, 3]
-        return (x * self.position(torch.arange(x.shape[1]))).sum((1, 2))
+        ids = torch.arange(x.shape[1])
+        return (x * self.position(ids[None] if self.leading else ids)).sum((1, 2))
 
 
-@pytest.mark.parametrize("tokens", [3, 4])
-def test_shared_position_ids_are_refused_even_when_as_many_as_records(tokens: int) -> None:
+def test_shared_position_ids_are_refused_when_as_many_as_records() -> None:
     model = SharedPositions()
     with GradientBook(model) as book, pytest.raises(RuntimeError, match="expand"):
-        book.clipped_sums(model(torch.randn(4, tokens, 3)), FlatClipping(1.0))
+        book.clipped_sums(model(torch.randn(4, 4, 3)), FlatClipping(1.0))
+
+
+@pytest.mark.parametrize("leading", [False, True])
+def test_shared_position_ids_are_each_records_own(leading: bool) -> None:
+    """[T] as in nanoGPT and [1, T] as in transformers, where T is not the number of records."""
+    model = SharedPositions(leading)
+    x = torch.randn(4, 3, 3)
+    grads = []
+    for row in x:
+        model.zero_grad()
+        model(row[None]).sum().backward()
+        assert model.position.weight.grad is not None
+        grads.append(model.position.weight.grad)
+        model.position.weight.grad = None
+    (expected,) = clip_and_sum([torch.stack(grads)], 0.7)
+    with GradientBook(model) as book:
+        sums = book.clipped_sums(model(x), FlatClipping(0.7))
+    assert torch.allclose(sums["position.weight"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("first_half_silent", [False, True])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from wavedp.privacy import compiled
 from wavedp.privacy.bookings import Bookings, Factors, RecordMap
@@ -63,6 +64,7 @@ class GradientBook:
         self._taker: Taker | None = None
         self._heard: tuple[int, Booking] | None = None  # the backward a listener waits for, by autograd's number
         self._runs: Counter[str] = Counter()  # uses of each layer since the last backward
+        self._rows: int | None = None  # of the batch that the model's forward is running on
         self._anchors: list[Tensor] = []
         self._anchor = torch.zeros((), requires_grad=True)  # of the taps in compiled graphs
         self._probe = IndependenceProbe()
@@ -155,8 +157,12 @@ class GradientBook:
             if torch.compiler.is_compiling():
                 return self._look_compiled(booked(model, *args, **kwargs))
             self._anchors.clear()
-            with FunctionalUses(self.parameters, self._tap_functional):
-                output = booked(model, *args, **kwargs)
+            self._rows = next((len(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim), None)
+            try:
+                with FunctionalUses(self.parameters, self._tap_functional):
+                    output = booked(model, *args, **kwargs)
+            finally:
+                self._rows = None
             if self._listener is not None:
                 self._look_at(output)
             return output
@@ -169,6 +175,7 @@ class GradientBook:
         numbers = {"": compiled.register(self, path, "")}  # before anything is compiled, which cannot register
 
         def tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:
+            output, inputs = self._for_every_record(output, inputs)
             return self._tap((path, use, inputs.ndim), output, inputs)
 
         def compiled_tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:
@@ -197,6 +204,17 @@ class GradientBook:
             self._anchors.append(self._anchor)
             self._look_at(output)
         return output
+
+    def _for_every_record(self, output: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Repeat what records share, position ids ``[T]`` or ``[1, T]``, so that each has a gradient of its own."""
+        rows = self._rows
+        if rows is None or inputs.is_floating_point() or inputs.ndim == 0 or len(inputs) == rows:
+            return output, inputs
+        if inputs.ndim == 1:
+            output, inputs = output[None], inputs[None]
+        elif len(inputs) != 1:
+            return output, inputs
+        return output.expand(rows, *output.shape[1:]).contiguous(), inputs.expand(rows, *inputs.shape[1:])
 
     def note(self, place: Place) -> None:
         """Take note of a use in a forward."""
