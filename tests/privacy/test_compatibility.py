@@ -412,18 +412,18 @@ def refused_losses(name: str) -> Callable[..., Any]:
     return add
 
 
-@refused_losses("a mean loss in place of one per record")
+@refused_losses("backward(losses): a mean loss in place of one per record")
 def _(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).mean()
 
 
-@refused_losses("losses that couple records (in-batch negatives)")
+@refused_losses("backward(losses): losses that couple records (in-batch negatives)")
 def _(model: nn.Module, x: Tensor) -> Tensor:
     y = model(x).flatten(1)
     return (y @ y.mT).log_softmax(1).diagonal()
 
 
-@refused_losses("tokens of all records as rows, [B * T, d]")
+@refused_losses("backward(losses): tokens of all records as rows, [B * T, d]")
 def _(model: nn.Module, x: Tensor) -> Tensor:
     return model(x.flatten(0, 1)).unflatten(0, (4, 2)).sum((1, 2))
 
@@ -439,7 +439,7 @@ def _(model: nn.Module, x: Tensor) -> Tensor:
 def engine_row(name: str, *, tolerance: float = 1e-9) -> Callable[..., Any]:
     """What ``run(model, ids)``, plain backwards of a GPT under the engine, adds up before the step."""
 
-    def add(run: Callable[[nn.Module, Tensor], None]) -> Callable[..., Any]:
+    def add(run: Callable[..., None]) -> Callable[..., Any]:
         @case(name, tolerance=tolerance)
         def _(measure: Callable[..., Any]) -> Any:
             model, ids, bound = GPT().double(), texts(6), 1.0
@@ -457,7 +457,7 @@ def engine_row(name: str, *, tolerance: float = 1e-9) -> Callable[..., Any]:
                     expected_batch_size=1.0,
                     without_privacy=True,
                 )
-                run(subject, rows)
+                run(subject, rows, optimizer.announce)
                 added = optimizer.private._sums
                 return torch.cat([added[name].double().flatten() for name in sorted(added)])
 
@@ -472,21 +472,22 @@ def engine_row(name: str, *, tolerance: float = 1e-9) -> Callable[..., Any]:
 
 
 @engine_row("engine, loss.backward() of the mean loss")
-def _(model: nn.Module, ids: Tensor) -> None:
+def _(model: nn.Module, ids: Tensor, announce: Callable[[Tensor], None]) -> None:
     next_token(model, ids).mean().backward()
 
 
 @engine_row("engine, micro-batches, with evaluation and an unused forward between them")
-def _(model: nn.Module, ids: Tensor) -> None:
-    for part in ids.split(4):
+def _(model: nn.Module, ids: Tensor, announce: Callable[[Tensor], None]) -> None:
+    for part, records in zip(ids.split(4), torch.arange(len(ids)).split(4)):
         with torch.no_grad():
             model(ids)
         model(ids)
+        announce(records)
         next_token(model, part).mean().backward()
 
 
 @engine_row("engine, torch.compile (inductor)", tolerance=1e-6)
-def _(model: nn.Module, ids: Tensor) -> None:
+def _(model: nn.Module, ids: Tensor, announce: Callable[[Tensor], None]) -> None:
     next_token(torch.compile(model), ids).mean().backward()
     torch.compiler.reset()
 

@@ -158,6 +158,7 @@ def test_micro_batches_add_up_and_evaluation_may_come_between() -> None:
         model(ids[part])  # a forward without a backward
         with torch.no_grad():
             model.eval()(ids)
+        optimizer.announce(torch.arange(6)[part])
         token_loss(model.train(), ids[part], targets[part]).backward()
     optimizer.step()
     assert_close(moved(model, before), expected)
@@ -298,9 +299,108 @@ def test_a_second_backward_of_the_same_records_is_refused() -> None:
 def test_a_step_without_all_records_is_refused() -> None:
     model, optimizer, loader = start()
     ids, targets, _ = next(iter(loader))
-    token_loss(model, ids[1:], targets[1:]).backward()
+    with pytest.raises(RuntimeError, match="the loss has to be about all"):
+        token_loss(model, ids[1:], targets[1:]).backward()
     with pytest.raises(RuntimeError, match="not passed to"):
         optimizer.step()
+
+
+def test_without_a_loader_a_second_backward_needs_the_records_names() -> None:
+    """Two backwards, retained graphs, gradients for an attack first: each would add a record twice."""
+    ids, targets = tokens(3)
+    for again in ("forward", "graph", "announced"):
+        model = TinyGPT()
+        _, optimizer, _ = private(model)
+        if again == "announced":
+            optimizer.announce(torch.arange(3))
+        loss = token_loss(model, ids, targets)
+        loss.backward(retain_graph=True)
+        if again == "announced":
+            with pytest.raises(ValueError, match="comes twice"):
+                optimizer.announce(torch.tensor([5, 2]))
+        with pytest.raises(RuntimeError, match="a second backward"):
+            (loss if again == "graph" else token_loss(model, ids, targets)).backward()
+
+
+def test_records_passed_by_name_are_not_taken_again() -> None:
+    model, optimizer, loader = start(sample_rate=1.0)
+    ids, targets, index = next(iter(loader))
+    optimizer.backward(F.cross_entropy(model(ids).mT, targets, reduction="none").mean(1), records=index)
+    with pytest.raises(RuntimeError, match="a second backward"):
+        token_loss(model, ids, targets).backward()
+
+
+def test_a_sample_id_is_for_one_backward_of_its_length() -> None:
+    model, optimizer, loader = start(sample_rate=1.0, physical_batch_size=4)
+    ids, targets, _ = next(iter(loader))
+    optimizer.set_sample_id(torch.arange(3))
+    with pytest.raises(ValueError, match="sample_id has 3 rows, the batch has 4"):
+        token_loss(model, ids, targets).backward()
+    optimizer.discard()
+    other = TinyGPT()
+    _, optimizer, _ = private(other)
+    optimizer.set_sample_id(torch.zeros(4, dtype=torch.int64))
+    token_loss(other, ids, targets).backward()
+    assert optimizer.private._book.sample_id is None
+
+
+def test_a_layer_that_never_gets_a_gradient_costs_no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.side = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.body(x)
+            return h, self.side(h.detach())
+
+    model = Detached()
+    _, optimizer, _ = private(model)
+    backwards = []
+    run = torch.autograd.backward
+    monkeypatch.setattr(torch.autograd, "backward", lambda *args, **kwargs: backwards.append(1) or run(*args, **kwargs))
+    for _ in range(12):
+        model(torch.randn(4, 3))[0].sum().backward()
+        optimizer.step()
+        backwards.append(0)
+    assert sum(backwards[-8:]) <= 8  # the plain backward, and a look that finds nothing to differentiate
+
+
+def test_a_copy_of_the_model_may_be_made() -> None:
+    model = TinyGPT()
+    _, optimizer, _ = private(model)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    token_loss(model, *tokens(3)).backward()
+    optimizer.step()
+    average.update_parameters(model)
+    with torch.no_grad():
+        assert torch.equal(average(tokens(2)[0]), model(tokens(2)[0]))
+
+
+def test_models_that_are_wrapped_already_are_refused() -> None:
+    with pytest.raises(ValueError, match="compile it afterwards"):
+        private(torch.compile(TinyGPT()))
+    model = TinyGPT()
+    model.forward = lambda ids: ids
+    with pytest.raises(ValueError, match="a forward of its own"):
+        private(model)
+
+
+def test_functional_call_is_refused() -> None:
+    model = TinyGPT()
+    private(model)
+    swapped = {name: p.detach() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="functional_call"):
+        torch.func.functional_call(model, swapped, (tokens(2)[0],))
+
+
+def test_epsilon_of_unchecked_batches_warns() -> None:
+    model = TinyGPT()
+    engine, optimizer, _ = private(model, noise_multiplier=1.0)
+    token_loss(model, *tokens(3)).backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="not checked"):
+        assert engine.get_epsilon(1e-5) > 0
 
 
 def test_a_second_step_is_refused() -> None:

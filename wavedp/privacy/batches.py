@@ -37,8 +37,7 @@ class BatchTracker:
         self._record_bound = record_bound if sampler is None else sampler.num_records
         self._finished = 0  # of the drawn batches, those stepped or dropped
         self._booked: set[int] = set()
-        self._announced: frozenset[int] = frozenset()
-        self._announced_left = 0
+        self._announced: frozenset[int] | None = None
         self._members: tuple[int, frozenset[int]] = (0, frozenset())
         self._failed = False
         self._dropped = False
@@ -95,30 +94,40 @@ class BatchTracker:
 
     @property
     def announced(self) -> bool:
-        """Whether a loader said which records are next."""
-        return self._announced_left > 0
+        """Whether it was said which records are next."""
+        return self._announced is not None
 
     def announce(self, records: Tensor) -> None:
-        """Note the indices of the micro-batch that plain backwards, which cannot name their records, are about."""
-        self._announced = frozenset(records.tolist())
-        self._announced_left = len(self._announced)
-
-    def check_count(self, records: int) -> frozenset[int]:
-        """Take ``records`` of the announced ones; returns them all with the last of them.
+        """Note the indices of the micro-batch that the next plain backward, which cannot name them, is about.
 
         Raises:
-            RuntimeError: more records than were announced: a second backward of the same ones, most likely.
+            TypeError, ValueError: as :meth:`check_records`.
         """
-        if self._sampler is None:
-            return frozenset()
-        if records > self._announced_left:
+        self._announced = self.check_records(None, records)
+
+    def check_count(self, records: int) -> frozenset[int]:
+        """Return the announced indices for a backward of ``records`` records, which uses them up.
+
+        Without a sampler and without an announcement, one backward per logical batch is taken.
+
+        Raises:
+            RuntimeError: none or another number were announced, or a backward of this batch went before.
+        """
+        if self._announced is None:
+            if self._sampler is None and not self.pending:
+                return frozenset()
             raise RuntimeError(
-                f"a backward of {records} records, where {self._announced_left} of the loader's batch are left: a "
-                f"second backward of the same records would let each contribute twice; sum losses before one backward, "
-                f"and set sample_id where a record has several rows"
+                "a second backward of the same records would let each contribute twice the bound. Sum losses before "
+                "one backward; set sample_id where a record has several rows; take micro-batches from the loader "
+                "(physical_batch_size), or name their records by announce(records) before each backward"
             )
-        self._announced_left -= records
-        return self._announced if self._announced_left == 0 else frozenset()
+        if records != len(self._announced):
+            raise RuntimeError(
+                f"a backward of {records} records, where {len(self._announced)} are next: the loss has to be about all "
+                f"records that the loader yielded, one row each unless sample_id says otherwise"
+            )
+        indices, self._announced = self._announced, None
+        return indices
 
     def check_complete(self) -> None:
         """Raise a RuntimeError unless the records booked are exactly the batch that was drawn."""
@@ -134,6 +143,8 @@ class BatchTracker:
     def add(self, indices: frozenset[int]) -> None:
         """Note records whose clipped gradients were added."""
         self._booked |= indices
+        if self._announced is not None and self._announced & indices:
+            self._announced = None
 
     def fail(self) -> None:
         """Note that a backward failed; :meth:`drop` is all that remains for the batch."""
@@ -166,6 +177,7 @@ class BatchTracker:
 
     def _finish(self) -> None:
         self._booked.clear()
+        self._announced = None
         self._failed = False
         self.pending = False
         if self._sampler is not None:

@@ -13,6 +13,10 @@ LARGEST_IN_FLOAT32 = 2.0**20
 """Factors above this are not multiplied in float32. Clipping factors are 1 at most, times the rows of a mean."""
 
 
+_SAME = 2.0**-12
+"""Share of a squared norm by which two backwards may differ: their sums may be taken in another order."""
+
+
 class RecordMap:
     """Which rows of a batch belong to the same record; a record's loss is the mean over its rows.
 
@@ -27,6 +31,11 @@ class RecordMap:
         self.rows = len(sample_id)
         self.records = len(self.ids)
         self._weights = 1.0 / counts.double()[self.index]
+
+    def check_rows(self, rows: int) -> None:
+        """Raise a ValueError unless the map is of a batch of ``rows``."""
+        if rows != self.rows:
+            raise ValueError(f"sample_id has {self.rows} rows, the batch has {rows}: it names the record of every row")
 
     def weighted(self, output_grads: Tensor) -> Tensor:
         """Divide every row of ``[rows, ...]`` by the number of rows that its record has."""
@@ -76,6 +85,17 @@ class Bookings:
     def left(self) -> frozenset[str]:
         """Parameters that a second backward has to add up."""
         return frozenset(self._left)
+
+    def check_same_norms(self, name: str, form: PerSampleGradient) -> None:
+        """Raise a RuntimeError if a second backward made other gradients than those whose norms were taken."""
+        first, second = self._left[name], form.squared_norms()
+        same = (first - second).abs() <= _SAME * first
+        if not bool((same | (~first.isfinite() & ~second.isfinite())).all()):
+            raise RuntimeError(
+                f"the two backwards gave parameter {name!r} different gradients, so its norms do not bound its sum: "
+                f"something in the model differs from run to run, such as dropout in a checkpoint without "
+                f"preserve_rng_state; correct that, or use one backward"
+            )
 
     def squared_norms(self, clipping: Clipping, scale: float, device: torch.device) -> dict[str, Tensor]:
         """Every record's squared norm ``[B]`` float64 in each clipping group that was reached; joins the uses."""

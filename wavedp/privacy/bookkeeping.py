@@ -52,6 +52,13 @@ class GradientBook:
         listener: Callable[[Bookings], None] | None = None,
         two_backwards: bool = False,
     ) -> None:
+        if hasattr(model, "_orig_mod"):
+            raise ValueError("the model is a compiled one: make the model itself private, and compile it afterwards")
+        if "forward" in vars(model):
+            raise ValueError(
+                f"the {type(model).__name__} has a forward of its own (another GradientBook, or a library that wraps "
+                f"models, is attached): detach it, or attach it afterwards"
+            )
         self.model = model
         self._two_backwards = two_backwards
         self.parameters = trainable_parameters(model)
@@ -65,13 +72,13 @@ class GradientBook:
         self._heard: tuple[int, Booking] | None = None  # the backward a listener waits for, by autograd's number
         self._runs: Counter[str] = Counter()  # uses of each layer since the last backward
         self._rows: int | None = None  # of the batch that the model's forward is running on
-        self._anchors: list[Tensor] = []
+        self._anchors: list[tuple[Place | None, Tensor]] = []  # of the taps since the model's forward began
         self._anchor = torch.zeros((), requires_grad=True)  # of the taps in compiled graphs
         self._probe = IndependenceProbe()
         self.sample_id: Tensor | None = None
-        """[rows] int64, the record of each row, in backwards that a listener waits for."""
+        """[rows] int64, the record of each row, in the next backward that a listener waits for."""
         self.attached = True
-        compiled.keep_buffers()
+        compiled.prepare_compiler()
         # A checkpoint loaded into the attached model changes buffers without reading private data.
         self._load_hooks = [m.register_load_state_dict_post_hook(self._on_load) for m in model.modules()]
         for name, layer in self._in_layers.items():
@@ -79,6 +86,10 @@ class GradientBook:
         vars(model)["forward"] = types.MethodType(self._watched_forward(), model)
 
     def __enter__(self) -> "GradientBook":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "GradientBook":
+        # Copies of the model, such as an average of its weights, carry the hooks along.
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -132,7 +143,9 @@ class GradientBook:
     def forget(self) -> None:
         """Drop what a backward left: a half-booked one, and gradients of paths that are not booked."""
         self._heard = None
+        self.sample_id = None
         self._runs.clear()
+        self._anchors.clear()
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -170,8 +183,8 @@ class GradientBook:
         return forward
 
     def _tapped_forward(self, path: str) -> Callable[..., Any]:
-        layer, rule, _ = self._layers[path]
-
+        layer, rule, names = self._layers[path]
+        owned = [(key, self.parameters[name]) for key, name in names.items() if "." not in key]
         numbers = {"": compiled.register(self, path, "")}  # before anything is compiled, which cannot register
 
         def tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:
@@ -187,6 +200,11 @@ class GradientBook:
             # A deep copy of the model (an EMA, say) is not booked and runs its own weights.
             if module is not layer or not torch.is_grad_enabled():
                 return type(module).forward(module, *args, **kwargs)
+            if any(getattr(layer, key) is not parameter for key, parameter in owned):
+                raise RuntimeError(
+                    f"layer {path!r} runs with other parameters than it was attached with, as in "
+                    f"torch.func.functional_call: their gradients are not known"
+                )
             return rule.forward(layer, compiled_tap if torch.compiler.is_compiling() else tap, *args, **kwargs)
 
         return forward
@@ -201,7 +219,7 @@ class GradientBook:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _look_compiled(self, output: Any) -> Any:
         if self._listener is not None:
-            self._anchors.append(self._anchor)
+            self._anchors = [(None, self._anchor)]
             self._look_at(output)
         return output
 
@@ -225,7 +243,7 @@ class GradientBook:
         self.note(place)
         # The anchor makes autograd reach the tap even when the layer's input needs no gradient.
         anchor = torch.zeros((), device=output.device, requires_grad=True)
-        self._anchors.append(anchor)
+        self._anchors.append((place, anchor))
         tapped: Tensor = Tap.apply(output, anchor, inputs.detach(), self.seen, place)  # type: ignore[no-untyped-call]
         return tapped
 
@@ -324,9 +342,14 @@ class GradientBook:
     def _look_at(self, output: Any) -> None:
         """Look at a model's outputs where the loss of a plain backward will not be known."""
         outputs, rows = rows_of_outputs(output)
-        if rows > 1 and self._probe.due(*outputs):
-            full = self._probe.anything_unverified()
-            looked = self._look(outputs, rows, full=full, anchors=self._anchors)
+        if rows < 2:
+            return
+        # Where it is the turn of what was never seen to get a gradient, only what leads there is differentiated.
+        unverified = self._probe.unverified()
+        turn = self._probe.is_turn(*outputs)
+        anchors = [anchor for place, anchor in self._anchors if turn or place is None or place in unverified]
+        if anchors and (turn or unverified):
+            looked = self._look(outputs, rows, full=bool(unverified), anchors=anchors)
             for tensor in outputs:
                 self._probe.passed(tensor, looked)
 
@@ -387,8 +410,8 @@ class GradientBook:
             if name not in self._buffers or self._buffers[name][0] is not buffer or self._buffers[name][1] != version:
                 raise RuntimeError(
                     f"buffer {name!r} changed since the GradientBook was attached: a buffer that the "
-                    f"forward updates would publish private data without noise; make it non-persistent or "
-                    f"stop updating it (moving the model must come before attaching)"
+                    f"forward updates would publish private data without noise; stop updating it (moving the "
+                    f"model must come before attaching)"
                 )
 
     def _on_load(self, module: nn.Module, incompatible_keys: object) -> None:

@@ -42,11 +42,16 @@ def register(booker: Booker, path: str, use: str) -> int:
     return number
 
 
-def keep_buffers() -> None:
-    """Let graphs that are compiled from now on run backward more than once, as the look between records does."""
+def prepare_compiler() -> None:
+    """Set what graphs that are compiled from now on need, in this process.
+
+    Their backward may run more than once, as the look between records does, and equal uses of a layer stay two: one
+    tap in place of both would book half of the gradient.
+    """
     import torch._functorch.config
 
     torch._functorch.config.donated_buffer = False
+    torch._functorch.config.cse = False
 
 
 def tap(output: Tensor, anchor: Tensor, inputs: Tensor, number: int) -> Tensor:

@@ -2,6 +2,7 @@
 """Puts private training around a model, an optimizer and a data loader, for the ordinary training loop."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn, TypeAlias
@@ -201,6 +202,11 @@ class PrivacyEngine:
                 raise TypeError(f"data_loader must be a torch DataLoader, got {type(data_loader).__name__}")
             steps = None if ledger is None else ledger.remaining
             count = len(data_loader.dataset)  # type: ignore[arg-type]
+            if count > spec.dataset_size_bound:
+                raise ValueError(
+                    f"delta={spec.delta:g} is not below 1 / (number of records): choose it by a public bound on that "
+                    f"number"
+                )
             sampler = PoissonSampler.for_spec(spec, count, steps=steps, insecure_seed=insecure_seed)
         private = PrivateOptimizer(
             module,
@@ -226,7 +232,8 @@ class PrivacyEngine:
     def get_epsilon(self, delta: float) -> float:
         """Return the upper bound on epsilon for the steps charged so far, add-or-remove-one.
 
-        It holds for the model as it is if the decision to stop here did not depend on the private data.
+        It holds for the model as it is if the decision to stop here did not depend on the private data, and batches
+        were what the mechanism draws; a warning says where that was not checked or is not so.
 
         Raises:
             RuntimeError: nothing was made private, or noise and batches can be reproduced from a seed.
@@ -239,6 +246,9 @@ class PrivacyEngine:
             )
         if private.steps_charged == 0:
             return 0.0
+        reason = private.irregularity()
+        if reason is not None:
+            warnings.warn(f"this epsilon is of the mechanism that was planned; {reason}", stacklevel=2)
         return accounting.epsilon(
             sample_rate=private.spec.sample_rate,
             noise_multiplier=private.spec.noise_multiplier,
@@ -283,7 +293,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         self.private.backward(losses, records, sample_id=sample_id)
 
     def set_sample_id(self, sample_id: Tensor | None) -> None:
-        """Say which record each row belongs to, ``[rows]`` int64, from now on; ``None``: every row its own."""
+        """Say which record each row belongs to, ``[rows]`` int64, in the next backward; ``None``: every row its own."""
         self.private.set_sample_id(sample_id)
 
     def step(self, closure: object = None) -> None:  # type: ignore[override]
@@ -292,7 +302,15 @@ class EngineOptimizer(torch.optim.Optimizer):
             self.private.step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Do nothing: what was added to a batch is released by its step, or dropped by ``private.discard()``."""
+        """Do nothing: what was added to a batch is released by its step, or dropped by :meth:`discard`."""
+
+    def discard(self) -> None:
+        """Drop the batch; see :meth:`PrivateOptimizer.discard`: its step stays charged."""
+        self.private.discard()
+
+    def announce(self, records: Tensor) -> None:
+        """Say which records, ``[b]`` int64, the next backward is about, where no loader does."""
+        self.private.announce(records)
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`PrivateOptimizer.state_dict`."""
@@ -311,8 +329,8 @@ class EngineOptimizer(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> NoReturn:
         raise RuntimeError(
-            "a GradScaler skips steps by what the gradients are, which is released without noise: use bfloat16 "
-            "autocast, or call optimizer.step() without the scaler"
+            "a GradScaler skips steps by what the gradients are, which is released without noise, and its scaled "
+            "loss would be clipped as such: use bfloat16 autocast, and do not scale the loss"
         )
 
     def __getstate__(self) -> NoReturn:

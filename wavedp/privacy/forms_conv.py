@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavedp.privacy.clipping import accumulation_dtype
-from wavedp.privacy.per_sample import NORM_ROUNDING, places_of_records
+from wavedp.privacy.per_sample import places_of_records, product_norms
 
 _ops = torch.ops.wavedp
 
@@ -154,8 +154,7 @@ class Convolution:
             yield tuple(_side_by_side(part, empty) for part in (a, g))  # type: ignore[misc]
 
     def _norms(self, a: Tensor, g: Tensor) -> Tensor:
-        squared, bound, _ = _ops.linear_norms(a.flatten(0, 1), g.flatten(0, 1), False)
-        squared = squared.clamp_min(0.0) + NORM_ROUNDING[self._dtype] * bound.square()
+        squared, _ = product_norms(a.flatten(0, 1), g.flatten(0, 1), bias=False)
         total: Tensor = squared.unflatten(0, a.shape[:2]).sum(1)
         return total
 

@@ -80,6 +80,8 @@ class FunctionalUses(TorchFunctionMode):
             result: Tensor = F.embedding(*args, **kwargs)
             return result
         padding = given.get("padding_idx")
+        if padding is not None and padding < 0:
+            padding += len(weight)
         rule = _FunctionalEmbedding(len(weight), padding)
         output = F.embedding(ids, weight.detach(), padding)
         return self._book(rule, {"weight": self._names[id(weight)]}, output, ids)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavedp.privacy.per_sample import Materialised, OuterProducts, PerSampleGradient, RowScatter
+from wavedp.privacy.per_sample import Materialised, OuterProducts, PerSampleGradient, RowScatter, product_norms
 
 _ops = torch.ops.wavedp
 
@@ -88,8 +88,8 @@ def linear_gradients(call: Call, *, weight: bool, bias: bool) -> dict[str, PerSa
     products = OuterProducts(a, g)
     if not bias:
         return {"weight": products}
-    squared, bound, bias_grads = _ops.linear_norms(a, g, True)
-    products.set_norms(squared, bound)
+    squared, bias_grads = product_norms(a, g, bias=True)
+    products.set_norms(squared)
     return {"weight": products, "bias": Materialised(bias_grads)}
 
 

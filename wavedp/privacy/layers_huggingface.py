@@ -3,12 +3,11 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wavedp.privacy.layers import Call, Tap, linear_gradients, tokens
-from wavedp.privacy.per_sample import Materialised, OuterProducts, PerSampleGradient
+from wavedp.privacy.per_sample import Materialised, OuterProducts, PerSampleGradient, product_norms
 
 
 class TransposedLinearRule:
@@ -32,7 +31,7 @@ class TransposedLinearRule:
             return linear_gradients(call, weight=False, bias=bias)
         a, g = tokens(call.inputs, 1), tokens(call.output_grads, 1)
         # A matrix and its transpose have the same norm.
-        squared, bound, bias_grads = torch.ops.wavedp.linear_norms(a, g, bias)
+        squared, bias_grads = product_norms(a, g, bias=bias)
         products = OuterProducts(g, a)
-        products.set_norms(squared, bound)
+        products.set_norms(squared)
         return {"weight": products, "bias": Materialised(bias_grads)} if bias else {"weight": products}

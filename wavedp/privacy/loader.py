@@ -33,6 +33,8 @@ class PrivateLoader(Iterable[Any]):
     ) -> None:
         if private.sampler is None:
             raise ValueError("the optimizer has no sampler")
+        if source.batch_size is None and not hasattr(source.batch_sampler, "__iter__"):
+            raise ValueError("the loader yields single records: give it a batch_size, so that it makes batches of them")
         if isinstance(source.dataset, IterableDataset):
             raise ValueError("an IterableDataset has no records to draw from: use a map-style data set")
         self.dataset = source.dataset
@@ -63,8 +65,10 @@ class PrivateLoader(Iterable[Any]):
             next(batches)
             if not chunks:
                 self._private.step()
-            yield from self._data(chunks)
-            del self._planned[number]
+            try:
+                yield from self._data(chunks)
+            finally:
+                del self._planned[number]
 
     def _data(self, chunks: list[Tensor]) -> Iterator[Any]:
         left = len(chunks)

@@ -231,7 +231,7 @@ class PrivateOptimizer:
             self._add(lambda: self._book.clipped_sums(losses, self._clipping, sample_id=sample_id), indices)
 
     def set_sample_id(self, sample_id: Tensor | None) -> None:
-        """Say which record each row belongs to, ``[rows]`` int64, in plain backwards from now on; ``None``: its own."""
+        """Say which record each row belongs to, ``[rows]`` int64, in the next plain backward; ``None``: its own."""
         self._book.sample_id = sample_id
 
     def announce(self, records: Tensor) -> None:
@@ -274,13 +274,17 @@ class PrivateOptimizer:
         with self._alone():
             self._drop()
 
+    def irregularity(self) -> str | None:
+        """Return why the batches so far were not those of the mechanism that ``spec`` accounts for, or ``None``."""
+        return self._batch.irregularity()
+
     def check_regular(self) -> None:
         """Raise a RuntimeError unless the run so far was the mechanism that ``spec`` accounts for.
 
         Compares the contents of everything that a state_dict of the model holds, as at :meth:`close` for an
         optimizer that is closed.
         """
-        reason = self._batch.irregularity()
+        reason = self.irregularity()
         if reason is not None:
             raise RuntimeError(reason)
         _refuse_changed(self._contents.changed(thorough=True) if self._book.attached else self._changed_at_close)

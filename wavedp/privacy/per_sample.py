@@ -23,6 +23,9 @@ units in the last place, several times the error measured on cancelling terms; f
 raises the norm by T * 2^-21.
 """
 
+LONG = 4096
+"""Records of more tokens have their norms taken in float64: the share above would raise them by more than 0.2 %."""
+
 NARROW = 16
 """Products narrower than this are taken in float64: a BLAS adds their rows up one by one in float32, where 64 aligned
 records of 128 tokens move by 2^-7 of C when one goes (:mod:`wavedp.privacy.rounding`)."""
@@ -85,14 +88,13 @@ class OuterProducts:
 
     def squared_norms(self) -> Tensor:
         if self._squared is None:
-            squared, bound, _ = _ops.linear_norms(self.a, self.g, False)
-            self.set_norms(squared, bound)
+            self._squared, _ = product_norms(self.a, self.g, bias=False)
         assert self._squared is not None
         return self._squared
 
-    def set_norms(self, squared: Tensor, bound: Tensor) -> None:
-        """Take what ``linear_norms`` of the same tensors gave."""
-        self._squared = squared.clamp_min(0.0) + NORM_ROUNDING[self._dtype] * bound.square()
+    def set_norms(self, squared: Tensor) -> None:
+        """Take the squared norms that :func:`product_norms` gave."""
+        self._squared = squared
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         g, a = self.g, self.a
@@ -109,6 +111,15 @@ class OuterProducts:
         index, missing = places_of_records(record, records)
         a, g = (x[index].masked_fill_(missing[:, :, None, None], 0).flatten(1, 2) for x in (self.a, self.g))
         return OuterProducts(a, g)
+
+
+def product_norms(a: Tensor, g: Tensor, *, bias: bool) -> tuple[Tensor, Tensor]:
+    """Return squared norms ``[B]`` of ``sum_t g_bt a_bt^T``, not below the true, and ``sum_t g_bt`` if ``bias``."""
+    dtype = accumulation_dtype(torch.promote_types(a.dtype, g.dtype))
+    if a.shape[1] > LONG:
+        a, g, dtype = a.double(), g.double(), torch.float64
+    squared, bound, sums = _ops.linear_norms(a, g, bias)
+    return squared.clamp_min(0.0) + NORM_ROUNDING[dtype] * bound.square(), sums
 
 
 class RowScatter:

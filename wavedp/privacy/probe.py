@@ -32,7 +32,7 @@ class IndependenceProbe:
     def __init__(self) -> None:
         self._verified: set[Place] = set()
         self._seen: set[Place] = set()
-        self._passed: Counter[tuple[str, ...]] = Counter()
+        self._passed: Counter[frozenset[str]] = Counter()
 
     def note(self, place: Place) -> None:
         """Record that a layer ran in a forward that may be differentiated."""
@@ -40,16 +40,20 @@ class IndependenceProbe:
 
     def due(self, *outputs: Tensor) -> bool:
         """Whether the graph of ``outputs`` has to be looked at: it is kept, or a backward keeps it, for that."""
+        return any(len(tensor) > 1 for tensor in outputs) and (self.is_turn(*outputs) or bool(self.unverified()))
+
+    def is_turn(self, *outputs: Tensor) -> bool:
+        """Whether it is the 1st, 2nd, 4th, 8th, ... time for an output of this kind."""
         counts = [self._passed[_operations(tensor)] + 1 for tensor in outputs if len(tensor) > 1]
-        return any(count & (count - 1) == 0 for count in counts) or bool(counts and self.anything_unverified())
+        return any(count & (count - 1) == 0 for count in counts)
 
     def is_verified(self, place: Place) -> bool:
         """Whether ``place`` was looked at in full."""
         return place in self._verified
 
-    def anything_unverified(self) -> bool:
-        """Whether a layer ran that was never looked at in full."""
-        return not self._seen <= self._verified
+    def unverified(self) -> set[Place]:
+        """Return where a layer ran that was never looked at in full."""
+        return self._seen - self._verified
 
     def passed(self, losses: Tensor, places: set[Place]) -> None:
         """Record that a backward of ``losses`` went well; ``places`` were looked at in full during it."""
@@ -89,9 +93,9 @@ def rows_of_outputs(output: Any) -> tuple[list[Tensor], int]:
     return [x for x in leaves if len(x) == rows], rows
 
 
-def _operations(losses: Tensor) -> tuple[str, ...]:
+def _operations(losses: Tensor) -> frozenset[str]:
     """Name the operations from the losses back to the first booked layers: what kind of loss it is."""
-    names: list[str] = []
+    names: set[str] = set()
     waiting: deque[Any] = deque([losses.grad_fn])
     met: set[Any] = set()
     while waiting:
@@ -100,8 +104,8 @@ def _operations(losses: Tensor) -> tuple[str, ...]:
             continue
         met.add(node)
         if node.name() == TAP:
-            names.append(f"{TAP}:{node.place[0]}")
+            names.add(f"{TAP}:{node.place[0]}")
         else:
-            names.append(node.name())
+            names.add(node.name())
             waiting.extend(parent for parent, _ in node.next_functions)
-    return tuple(names)
+    return frozenset(names)

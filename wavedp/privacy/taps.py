@@ -79,6 +79,7 @@ class Booking:
             self.unverified.add(place)
         with torch.no_grad(), exact_arithmetic():
             if bookings.record_map is not None:
+                bookings.record_map.check_rows(bookings.rows or 0)
                 call = Call(call.inputs, bookings.record_map.weighted(call.output_grads))
             for name, form, alone in self._gradients(place, call):
                 bookings.add(name, form, alone=alone)
@@ -107,7 +108,9 @@ class Summing:
                 if name in self._bookings.left:
                     if name in self.sums:
                         raise RuntimeError(f"parameter {name!r} was used once in the first backward and twice in this")
-                    self.sums[name] = self._factors.clipped_sum(name, self._bookings.of_records(form))
+                    form = self._bookings.of_records(form)
+                    self._bookings.check_same_norms(name, form)
+                    self.sums[name] = self._factors.clipped_sum(name, form)
 
 
 class Look:
