@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "data": {"storage", "extras", "functional"},
     "models": {"storage", "extras", "functional"},
     "superres": {"storage", "extras", "functional"},
-    "privacy": {"storage", "extras", "functional"},
+    "privacy": {"storage", "extras", "functional", "optim"},
     "compat": {"functional"},
     "storage": set(),
     "extras": set(),

@@ -11,6 +11,7 @@ from torch.func import functional_call, grad, vmap
 from wavedp import PrivacyEngine
 from wavedp.functional import clip_and_sum, noisy_mean
 from wavedp.models import AutoregressiveConfig, AutoregressiveTransformer
+from wavedp.optim import DPAdamW
 from wavedp.privacy import Entropy, FlatClipping
 
 STEPS, RECORDS, BOUND, EXPECTED, SEED = 20, 12, 0.5, 12.0, 3
@@ -71,11 +72,13 @@ def by_definition(noise_multiplier: float) -> list[float]:
     return losses
 
 
-def by_the_engine(noise_multiplier: float, **settings: Any) -> list[float]:
+def by_the_engine(
+    noise_multiplier: float, make: type[torch.optim.Optimizer] = torch.optim.AdamW, **settings: Any
+) -> list[float]:
     model, tokens, labels = made()
     _, optimizer, _ = PrivacyEngine().make_private(
         module=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2),
+        optimizer=make(model.parameters(), lr=1e-2),  # type: ignore[call-arg]
         data_loader=None,
         sample_rate=0.1,
         noise_multiplier=noise_multiplier,
@@ -127,3 +130,8 @@ def test_every_rule_trains(rule: str) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.0, 0.3])
+def test_the_fused_optimizer_takes_the_same_steps(noise_multiplier: float) -> None:
+    assert by_the_engine(noise_multiplier, make=DPAdamW) == pytest.approx(by_the_engine(noise_multiplier), rel=1e-9)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wavedp.functional import noisy_mean
+from wavedp.optim import PrivateStep
 from wavedp.privacy import accounting
 from wavedp.privacy.batches import BatchTracker, check_sampler
 from wavedp.privacy.bookings import Bookings
@@ -56,8 +57,9 @@ class PrivateOptimizer:
         model: see :class:`~wavedp.privacy.GradientBook` for what may be in it; attached until :meth:`close`.
             Whatever a state_dict of it holds may change by private steps and ``load_state_dict`` alone.
         optimizer: any optimizer whose ``step`` needs no closure, over exactly the trainable parameters of
-            ``model``. Its own ``step`` raises from now on. State that it already holds must not stem from
-            private data, unless from a private run.
+            ``model``. Those of :mod:`wavedp.optim` make the noise while they step, in one pass. Its own ``step``
+            raises from now on. State that it already holds must not stem from private data, unless from a private
+            run.
         spec: the mechanism.
         sampler: what draws every batch: a :class:`~wavedp.privacy.PoissonSampler` that has not drawn yet.
         ledger: charges steps on disk before they start; without it a restarted run is not charged for
@@ -107,6 +109,11 @@ class PrivateOptimizer:
             raise LedgerError(f"{ledger.path} was opened for another specification than the optimizer's")
         if loss_reduction not in (None, "mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean', 'sum' or None, got {loss_reduction!r}")
+        frozen = (not p.requires_grad for group in optimizer.param_groups for p in group["params"])
+        if isinstance(optimizer, PrivateStep) and any(frozen):
+            raise ValueError(
+                f"{type(optimizer).__name__} adds noise to all its parameters: leave frozen ones out of it"
+            )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("LBFGS evaluates the loss several times per step, each of which would be a release")
         self._spec = spec
@@ -410,8 +417,14 @@ class PrivateOptimizer:
     def _release(self) -> None:
         std = self._clipping.sum_noise_multiplier(self._spec.noise_multiplier) * self._clipping.sensitivity()
         try:
-            offset = 0
             with self._entropy.key() as key:
+                if isinstance(self._optimizer, PrivateStep):
+                    self._releasing = True
+                    self._optimizer.step(
+                        sums=self._sums_in_groups(), std=std, denominator=self._spec.expected_batch_size, key=key
+                    )
+                    return
+                offset = 0
                 for name, parameter in self._book.parameters.items():
                     total = self._sums.pop(name, None)
                     if total is None:
@@ -431,7 +444,13 @@ class PrivateOptimizer:
             self._releasing = False
             for parameter in self._book.parameters.values():
                 parameter.grad = None
+            self._sums.clear()
             self._contents.released(self._book.parameters)
+
+    def _sums_in_groups(self) -> list[Tensor | None]:
+        names = {id(parameter): name for name, parameter in self._book.parameters.items()}
+        parameters = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
+        return [self._sums.get(names[id(parameter)]) for parameter in parameters]
 
     def _check_model(self) -> None:
         now = trainable_parameters(self._book.model)
