@@ -53,7 +53,7 @@ def trainers(device: torch.device) -> dict[str, Trainer]:
 
 
 def ours(model: nn.Module, optimizer: torch.optim.Optimizer, mechanism: Mechanism) -> Step:
-    """The ordinary loop under the engine; what only a run has, a loader and a ledger, is left out, as for the others."""
+    """The ordinary loop under the engine; what only a run has, a loader and a ledger, is left out as for the others."""
     _, private, _ = PrivacyEngine().make_private(
         module=model,
         optimizer=optimizer,
