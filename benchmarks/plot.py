@@ -66,7 +66,7 @@ def draw(path: Path) -> Path:
         figsize=(10, sum(0.34 * count + 1.0 for count in counts) + 1.2),
         height_ratios=[count + 1 for count in counts],
         squeeze=False,
-        sharex=True,
+        sharex=not any(row.get("booked_bytes") for row in rows),  # training steps and functions are apart
         layout="constrained",
     )
     for panel, (title, here) in zip(axes[:, 0], found.items()):
@@ -137,7 +137,8 @@ def draw_panel(panel: Any, rows: Sequence[Row]) -> None:
     panel.axvline(1, color="black", linewidth=1.2, zorder=2)
     panel.annotate("floor", (1, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9)
     panel.set(xscale="log", yticks=range(len(cases)), yticklabels=cases, ylim=(len(cases) - 0.5, -0.5))
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = panel.get_xlim()
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
     panel.xaxis.set_major_formatter(lambda value, position: f"{value:g}x")
     panel.xaxis.set_minor_locator(NullLocator())
     panel.tick_params(axis="x", labelbottom=True)
