@@ -415,7 +415,8 @@ class GradientBook:
                 )
 
     def _on_load(self, module: nn.Module, incompatible_keys: object) -> None:
-        self._buffers = saved_buffers(self.model)
+        if any(module is own for own in self.model.modules()):  # copies of the model carry the hook along
+            self._buffers = saved_buffers(self.model)
 
 
 def _named(places: set[Place]) -> str:

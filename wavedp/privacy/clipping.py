@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-record clipping: from gradient norms to factors, the bound they give, and the plain definition.
+"""Per-record clipping: from gradient norms to factors, and the bound they give.
 
 Every record's gradient is scaled by a factor made from its norm, and the scaled gradients are summed. The rules
 here take one norm over all trainable parameters; those with several are in
@@ -7,15 +7,15 @@ here take one norm over all trainable parameters; those with several are in
 Nothing here divides by a batch size.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wavedp.functional import clip_and_sum as clip_and_sum
 from wavedp.privacy.entropy import Entropy
 from wavedp.privacy.rounding import SUM_ROUNDING_ALLOWANCE
 from wavedp.privacy.validation import check_real
@@ -280,45 +280,3 @@ def _rounded_down(ratio: Tensor, dtype: torch.dtype) -> Tensor:
 def _without_tiny(factors: Tensor, dtype: torch.dtype) -> Tensor:
     """Put 0 for NaN and for what is no normal number of ``dtype``: a subnormal one can round up by half."""
     return torch.where(factors >= torch.finfo(dtype).tiny, factors, torch.zeros_like(factors)).to(dtype)
-
-
-def clip_and_sum(
-    grad_samples: Sequence[Tensor],  # each [B, *parameter_shape]
-    max_grad_norm: float,
-) -> list[Tensor]:  # each parameter_shape, float32 or float64
-    """Clip materialised per-record gradients to ``max_grad_norm`` over all tensors, and sum them.
-
-    This is the definition that the book-keeping path computes without materialising anything. A record with
-    a non-finite gradient contributes exactly zero and leaves the others unchanged. Sums are taken in float64
-    and then rounded; half precision gives float32.
-
-    Raises:
-        ValueError: no tensors, a tensor without a record axis, or tensors that disagree on B.
-        TypeError: gradients that are not real floating point.
-    """
-    if not grad_samples:
-        raise ValueError("grad_samples is empty: give one tensor [B, *parameter_shape] per parameter")
-    if any(grad.ndim == 0 for grad in grad_samples):
-        raise ValueError("every tensor of grad_samples needs the record axis first, got a 0-d tensor")
-    sizes = {grad.shape[0] for grad in grad_samples}
-    if len(sizes) != 1:
-        raise ValueError(f"grad_samples disagree on the number of records: {sorted(sizes)}")
-    clipping = FlatClipping(max_grad_norm)
-    sums = []
-    with torch.no_grad():
-        squared_norms = torch.stack([_squared_norms(grad) for grad in grad_samples]).sum(0)
-        for grad in grad_samples:
-            dtype = accumulation_dtype(grad.dtype)
-            factors = clipping.factors(squared_norms, dtype)
-            sums.append(weighted_record_sum(grad, factors).to(dtype))
-    return sums
-
-
-def weighted_record_sum(grads: Tensor, factors: Tensor) -> Tensor:
-    """Sum ``grads`` ``[B, ...]`` over records in float64, each times its factor; 0 leaves a record out."""
-    factors = factors.double().reshape(-1, *[1] * (grads.ndim - 1))
-    return torch.where(factors > 0, grads.double() * factors, factors.new_zeros(())).sum(0)
-
-
-def _squared_norms(grad: Tensor) -> Tensor:
-    return grad.reshape(grad.shape[0], math.prod(grad.shape[1:])).double().square().sum(1)
