@@ -438,6 +438,16 @@ def test_a_buffer_that_the_forward_updates_is_refused() -> None:
         book.clipped_sums(model(torch.randn(4, 3)), FlatClipping(1.0))
 
 
+def test_loading_into_a_copy_does_not_excuse_the_model() -> None:
+    model = Counting(persistent=True)
+    with GradientBook(model) as book:
+        losses = model(torch.randn(4, 3))
+        average = copy.deepcopy(model)
+        average.load_state_dict(average.state_dict())
+        with pytest.raises(RuntimeError, match="'seen' changed"):
+            book.clipped_sums(losses, FlatClipping(1.0))
+
+
 def test_unsaved_buffers_and_loaded_checkpoints_may_change() -> None:
     model = Counting(persistent=False)
     with GradientBook(model) as book:

@@ -322,6 +322,21 @@ def test_without_a_loader_a_second_backward_needs_the_records_names() -> None:
             (loss if again == "graph" else token_loss(model, ids, targets)).backward()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_graph_is_taken_once_whatever_is_announced(compiled: bool) -> None:
+    """The loss of one part of a batch, differentiated again as if it were that of the next."""
+    ids, targets = tokens(3)
+    model = TinyGPT()
+    _, optimizer, _ = private(model)
+    optimizer.announce(torch.arange(3))
+    loss = token_loss(torch.compile(model, backend="aot_eager") if compiled else model, ids, targets)
+    loss.backward(retain_graph=True)
+    optimizer.announce(torch.arange(3, 6))
+    with pytest.raises(RuntimeError, match="through the same forward"):
+        loss.backward()
+    torch._dynamo.reset()
+
+
 def test_records_passed_by_name_are_not_taken_again() -> None:
     model, optimizer, loader = start(sample_rate=1.0)
     ids, targets, index = next(iter(loader))

@@ -274,6 +274,9 @@ class GradientBook:
                 "a backward before this one failed, or this one runs inside another, as in a reentrant checkpoint: "
                 "drop the batch with discard(), and use checkpoint(..., use_reentrant=False)"
             )
+        node: Any = torch._C._current_autograd_node()
+        if node is not None and node.metadata.setdefault(_BOOKED, number) != number:
+            raise RuntimeError("a second backward through the same forward: compute the loss anew")
         self._heard[1].take(place, call)
 
     def _tell(self) -> None:
