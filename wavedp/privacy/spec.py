@@ -4,7 +4,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,9 @@ class PrivacySpec:
         if self.label_noise_multiplier is not None and self.label_noise_multiplier > 2.0**strict.COARSEST_BITS:
             raise ValueError(f"label_noise_multiplier must be at most {2**strict.COARSEST_BITS} with strict noise")
         if ClippingRule.parse(self.clipping_rule).name == "adaptive":
-            raise ValueError("noise_mode='strict' does not cover the counts of clipping_rule 'adaptive': choose another")
+            raise ValueError(
+                "noise_mode='strict' does not cover the counts of clipping_rule 'adaptive': choose another"
+            )
 
     @classmethod
     def for_target_epsilon(cls, target_epsilon: float, **values: Any) -> "PrivacySpec":
@@ -296,11 +298,10 @@ class PrivacySpec:
         lower, _ = accounting.composed_epsilon_bounds(self.phases(), min(1.25 * self.delta, 0.5))
         return max(0.0, lower - 2.0 * self.law_epsilon()), upper
 
-    def epsilon_rdp(self) -> float | None:
-        """Return the Renyi upper bound on epsilon, the independent cross-check; ``None`` where there is none."""
+    def epsilon_rdp(self) -> float:
+        """Return the Renyi upper bound on epsilon, the independent cross-check."""
         share = 1.0 if self.noise_mode == "standard" else strict.MECHANISM_SHARE
-        bound = accounting.composed_epsilon_rdp(self.phases(), share * self.delta)
-        return bound if bound is None else bound + 2.0 * self.law_epsilon()
+        return accounting.composed_epsilon_rdp(self.phases(), share * self.delta) + 2.0 * self.law_epsilon()
 
     def with_steps(self, steps: int) -> "PrivacySpec":
         """Return the same mechanism composed ``steps`` times."""

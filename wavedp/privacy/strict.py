@@ -18,10 +18,11 @@ normals are float64 and made from finitely many bits. With the clipped sum's sen
 """
 
 import functools
+import itertools
 import math
 
 from wavedp import functional
-from wavedp.privacy.validation import check_integer, check_real
+from wavedp.privacy.validation import check_real
 
 MECHANISM_SHARE = 0.9
 """Share of delta at which the ideal mechanism is accounted."""
@@ -112,7 +113,7 @@ def law_epsilon(*, pairs: int, releases: int, shift: float, bits: int, delta: fl
     edges = [threshold]
     while edges[-1] < 0.5:
         edges.append(min(edges[-1] * 2.0**0.25, 0.5))
-    intervals = [(b - a, law_ratio(a, grid)) for a, b in zip(edges, edges[1:])]
+    intervals = [(b - a, law_ratio(a, grid)) for a, b in itertools.pairwise(edges)]
     # Above 1/2 that of the upper end does.
     intervals += [(2.0**-k, law_ratio(1.0 - 2.0**-k, grid)) for k in range(2, 53)]
     intervals.append((2.0**-52, law_ratio(1.0, grid)))
