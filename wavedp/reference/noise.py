@@ -8,8 +8,8 @@ lower half of the radius and the angle, and the number is the cosine's for even 
 nor threads nor devices that share a range between them change a number.
 
 Strict noise has a domain of its own, 3, and four words for two numbers: number ``i`` is from block ``16 (i // 128) +
-i % 16``, and with ``k = i % 128 // 16`` and ``p = k // 2`` words ``4 p`` to ``4 p + 3`` are the two halves of the
-radius and of the angle, upper ones first.
+i % 16``, and with ``k = i % 128 // 16`` and ``p = k // 2`` words ``4 p`` to ``4 p + 3`` make them as
+:func:`strict_normals_from_words` says.
 """
 
 import math
@@ -18,20 +18,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wavedp.reference.normals_strict import STRICT_NORMAL_ERROR, strict_normals_from_words
+from wavedp.reference.normals_strict import (
+    MAX_STRICT_DEVIATION,
+    STRICT_ANGLE_BITS,
+    STRICT_NORMAL_ERROR,
+    STRICT_RADIUS_BITS,
+    strict_normals_from_words,
+)
 
 __all__ = [
     "BLOCK_NORMALS",
     "GROUP_BLOCKS",
     "GROUP_NORMALS",
+    "MAX_STRICT_DEVIATION",
     "NARROW",
     "NOISE_DOMAIN",
     "ROUNDING_DOMAIN",
     "STRICT",
+    "STRICT_ANGLE_BITS",
     "STRICT_BLOCK_NORMALS",
     "STRICT_DOMAIN",
     "STRICT_GROUP_NORMALS",
     "STRICT_NORMAL_ERROR",
+    "STRICT_RADIUS_BITS",
     "WIDE",
     "WORDS",
     "chacha20_blocks",

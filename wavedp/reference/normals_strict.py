@@ -5,12 +5,22 @@ Only sums, products, quotients and square roots of float64, each rounded to near
 takes the same ones in the same order, and joins no product and sum into one operation, has the same bits.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 STRICT_NORMAL_ERROR = 2.0**-47
 """Bound of ``|computed - exact|`` of ``(std / grid) * normal``, in units of one standard deviation, where exact is
 Box and Muller's formula of the same words; the rounding to an integer is not counted."""
+
+STRICT_RADIUS_BITS, STRICT_ANGLE_BITS = 76, 52
+"""Of the four words of a pair. Both numbers of a pair together show the radius to the resolution of the grid. 64 bits
+leave gaps between the radii above 8.1 sigma that are wider than a grid of 2^-20 sigma, which is seen once in 2^47
+pairs; 76 bits leave them above 9.1 sigma, once in 2^59."""
+
+MAX_STRICT_DEVIATION = math.sqrt(2 * (STRICT_RADIUS_BITS + 1) * math.log(2))
+"""Largest absolute value: u is at least 2^-77, so r <= sqrt(-2 ln 2^-77) = 10.33."""
 
 SQRT_HALF = float.fromhex("0x1.6a09e667f3bcdp-1")
 # ln 2 in two parts, of which the first has 42 bits: its product with an exponent is exact.
@@ -51,12 +61,14 @@ def _polynomial(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     return value
 
 
-def _radius(high: Tensor, low: Tensor) -> Tensor:
-    """``sqrt(-2 ln u)``, ``u = (2^32 high + low + 1/2) 2^-64``, by way of ``ln u = exponent ln 2 + ln(1 + f)`` with
-    ``1 + f`` in ``[sqrt(1/2), sqrt(2))``. ``w`` is u, or above 1/2 its distance from 1, rounded once; f is exact."""
+def _radius(high: Tensor, low: Tensor, lowest: Tensor) -> Tensor:
+    """``sqrt(-2 ln u)`` for ``u = (2^44 high + 2^12 low + lowest + 1/2) 2^-76``, as ``ln u = exponent ln 2 + ln(1 + f)``
+    with ``1 + f`` in ``[sqrt(1/2), sqrt(2))``. ``w`` is u, or above 1/2 its distance from 1, rounded once; f is exact.
+    """
     upper_half = high >= 1 << 31
     high, low = (torch.where(upper_half, word ^ _MASK, word) for word in (high, low))
-    w = high.double() * 2.0**-32 + (low.double() + 0.5) * 2.0**-64
+    lowest = torch.where(upper_half, lowest ^ 0xFFF, lowest)
+    w = high.double() * 2.0**-32 + (low.double() * 2.0**-64 + (lowest.double() + 0.5) * 2.0**-76)
     mantissa, exponent = torch.frexp(w)  # [1/2, 1)
     small = mantissa < SQRT_HALF
     mantissa = torch.where(small, mantissa + mantissa, mantissa)
@@ -70,22 +82,22 @@ def _radius(high: Tensor, low: Tensor) -> Tensor:
 
 
 def strict_normals_from_words(
-    high: Tensor,  # int64, of 32 bits: upper half of the radius
-    low: Tensor,  # its lower half
-    angle_high: Tensor,
-    angle_low: Tensor,
+    high: Tensor,  # int64, of 32 bits: the highest of the radius
+    low: Tensor,  # the next of the radius
+    angle_high: Tensor,  # the highest of the angle
+    angle_low: Tensor,  # its upper 20 bits are the angle's, its lower 12 the radius'
 ) -> tuple[Tensor, Tensor]:  # float64
     """Two independent standard normals from four uniform words (Box and Muller, 1958).
 
-    ``r cos(theta), r sin(theta)`` with ``r`` as in :func:`wavedp.reference.noise.normals_from_words` and ``theta =
-    2 pi (2^32 angle_high + angle_low + 1/2) 2^-64``. The nearest multiple of a quarter turn is taken off in integers;
-    ``x`` is the rest, at most half of one either way, in quarter turns, rounded once.
+    ``r cos(theta), r sin(theta)`` with ``r = sqrt(-2 ln u)``, ``u = (2^44 high + 2^12 low + angle_low % 2^12 + 1/2)
+    2^-76`` and ``theta = 2 pi (2^20 angle_high + angle_low // 2^12 + 1/2) 2^-52``. The nearest multiple of a quarter
+    turn is taken off in integers; ``x`` is the rest, at most half of one either way, in quarter turns, and exact.
     """
-    radius = _radius(high, low)
+    radius = _radius(high, low, angle_low & 0xFFF)
     quarter = ((angle_high + (1 << 29)) >> 30) & 3
     rest = angle_high - (quarter << 30)  # from -2^29 to 2^29 - 1, once the last quarter has wrapped
     rest = torch.where(rest >= 1 << 29, rest - (1 << 32), rest)
-    x = rest.double() * 2.0**-30 + (angle_low.double() + 0.5) * 2.0**-62
+    x = rest.double() * 2.0**-30 + ((angle_low >> 12).double() + 0.5) * 2.0**-50
     z = x * x
     sine = x * (z * _polynomial(z, SINE) + HALF_PI)
     cosine = z * _polynomial(z, COSINE) + 1.0
