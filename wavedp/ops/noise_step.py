@@ -23,6 +23,7 @@ def noise_step(
     key: Tensor,  # [32] uint8, on the CPU
     step: int,
     offset: int,
+    strict: bool,
 ) -> None:
     """The checked arguments of an optimizer's step. CPU tensors in one call where the C++ library is there, else one
     tensor after the other by the definition."""
@@ -37,9 +38,9 @@ def noise_step(
     module = noise_module(torch.device("cpu")) if on_cpu else reference
     forward = reference_step.noise_step_forward if module is reference else module.noise_step_forward
     if dense:
-        forward(rule, dense, std, grid, divisor, key, step, offset)
+        forward(rule, dense, std, grid, divisor, key, step, offset, strict)
     for given, used in zip(tensors, dense):
         if used.param is not given.param:
             given.param.copy_(used.param)
-    changed = [[one.param, one.first, one.second, one.largest] for one in tensors]
+    changed = [[one.param, one.first, one.second, one.largest, one.average, one.master] for one in tensors]
     written([x for tensor in changed for x in tensor if x is not None])
