@@ -65,7 +65,7 @@ def release_label_histogram(
     std = spec.label_noise_multiplier
     counts = torch.bincount(labels.cpu(), minlength=num_classes).double()
     with Entropy(insecure_seed, LABEL_HISTOGRAM).key() as key:
-        noised = noisy_mean(counts, std, grid=spec.label_grid, key=key)
+        noised = noisy_mean(counts, std, grid=spec.label_grid, key=key, mode=spec.noise_mode)
     if path is not None:
         save_label_histogram(noised, std, path)
     return noised

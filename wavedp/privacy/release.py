@@ -2,7 +2,6 @@
 """What one private step takes and gives: the arguments of a run, checked, and clipped sums turned into noisy means."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +72,9 @@ def step_with_noise(
         sums=[sums.get(names[id(parameter)]) for parameter in in_groups],
         std=std,
         denominator=spec.expected_batch_size,
+        grid=spec.grid_of(std),
         key=key,
-        **noise_settings(spec, std),
+        noise_mode=spec.noise_mode,
     )
 
 
@@ -94,11 +94,7 @@ def write_noisy_means(
             key=key,
             offset=offset,
             out_dtype=parameter.dtype,
-            **noise_settings(spec, std),
+            grid=spec.grid_of(std),
+            mode=spec.noise_mode,
         )
         offset += total.numel()
-
-
-def noise_settings(spec: PrivacySpec, std: float) -> dict[str, Any]:
-    """Return grid and mode for noise of deviation ``std``."""
-    return {"grid": spec.grid_of(std)}

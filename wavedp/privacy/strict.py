@@ -21,21 +21,20 @@ import functools
 import itertools
 import math
 
-from wavedp import functional
+from wavedp.functional import MAX_STRICT_DEVIATION, STRICT_ANGLE_BITS, STRICT_NORMAL_ERROR, STRICT_RADIUS_BITS
 from wavedp.privacy.validation import check_real
 
 MECHANISM_SHARE = 0.9
 """Share of delta at which the ideal mechanism is accounted."""
-LAW_SHARE = 0.05
-"""Share of delta for the law of the noise, before factors that are below 1.06 in all."""
+LAW_SHARE = 0.04
+"""Share of delta for the law of the noise, in four parts."""
 MOST_LAW_EPSILON = 0.05
-"""The largest e: ``exp(e) 0.9 + 1.06 * 0.05`` is below 1."""
+"""The largest e, with which all shares and their factors stay below delta."""
 
 _ROUNDING_COST = 2.0**-6
 _FINEST_BITS = 24
 COARSEST_BITS = 8
 _LARGEST_RATIO = 0.5
-_LARGEST_RADIUS = 11.0
 # Densities, and u, in a cell and the frame around it that displacement reaches are within this factor of each other
 # (grid <= 2^-8, displacement <= grid / 9, radius <= 11); and the frame's area is within it of 4 displacement / grid.
 _SPREAD = 1.125
@@ -104,6 +103,8 @@ def law_epsilon(*, pairs: int, releases: int, shift: float, bits: int, delta: fl
     # A pair is left to delta if its u is below the threshold: in the real noise, in the ideal one, or in the ideal one
     # seen from a neighbour, which is at most `shift` nearer to the threshold's radius.
     radius = shift + math.sqrt(2.0 * math.log(releases / quarter))
+    if shift > 0.5 * radius:  # where it would matter how the shift is spread over pairs
+        return math.inf
     threshold = min(quarter / (pairs * _SPREAD), math.exp(-0.5 * radius**2) / _SPREAD)
     log_inverse = (epsilon + MOST_LAW_EPSILON + math.log(2.0)) - math.log(quarter)  # of d: d (1 + exp(epsilon + e))
     largest = law_ratio(threshold, grid) if threshold > 0.0 else math.inf
@@ -135,14 +136,11 @@ def law_ratio(u: float, grid: float) -> float:
     step of the radius's and half a step of the angle's words. Mass that it moves across the four sides of a cell of
     side ``grid``, all in standard deviations, is little more than ``4 displacement / grid`` of the cell's.
     """
-    error = float(getattr(functional, "STRICT_NORMAL_ERROR", 2.0**-46))
-    radius_bits = int(getattr(functional, "STRICT_RADIUS_BITS", 64))
-    angle_bits = int(getattr(functional, "STRICT_ANGLE_BITS", 64))
     # A side of the central cells is half a grid step from the centre.
     radius = max(math.sqrt(max(-2.0 * math.log(u), 0.0)), 0.5 * grid)
-    of_radius = 2.0 ** -(radius_bits + 1) / (u * radius) * _SPREAD
-    of_angle = math.pi * 2.0**-angle_bits * _LARGEST_RADIUS
-    return 4.0 * _SPREAD**2 * (error + of_radius + of_angle) / grid
+    of_radius = 2.0 ** -(STRICT_RADIUS_BITS + 1) / (u * radius) * _SPREAD
+    of_angle = math.pi * 2.0**-STRICT_ANGLE_BITS * MAX_STRICT_DEVIATION
+    return 4.0 * _SPREAD**2 * (STRICT_NORMAL_ERROR + of_radius + of_angle) / grid
 
 
 def _excess(order: float, ratio: float) -> float:
