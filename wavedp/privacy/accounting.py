@@ -128,7 +128,7 @@ def composed_epsilon_prv(phases: Iterable[Phase], delta: float, *, eps_error: fl
     Raises:
         ImportError: Opacus is not installed: ``pip install 'wavedp[account]'``.
         ValueError: truncated batches, which it does not know, a sample rate of 1 or a noise multiplier below 0.05.
-        RuntimeError: it found no epsilon, which happens near 0.
+        RuntimeError: it finds no epsilon, which happens near 0 and for the smallest deltas.
     """
     eps_error = check_real("eps_error", eps_error, above=0.0, at_most=1.0)
     question, delta = _question(phases, delta)
@@ -145,7 +145,10 @@ def composed_epsilon_prv(phases: Iterable[Phase], delta: float, *, eps_error: fl
     if not question:
         return 0.0
     accountant.history = [(phase.noise_multiplier, phase.sample_rate, phase.steps) for phase in question]
-    return max(0.0, float(accountant.get_epsilon(delta, eps_error=eps_error)))
+    try:
+        return max(0.0, float(accountant.get_epsilon(delta, eps_error=eps_error)))
+    except (ValueError, RuntimeError) as error:
+        raise RuntimeError(f"the PRV accountant finds no epsilon here: {error}") from error
 
 
 def composed_event(phases: Iterable[Phase]) -> "DpEvent":
