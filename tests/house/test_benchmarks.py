@@ -18,7 +18,7 @@ from wavedp.cli import main
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 COLUMNS = (
-    "case,provider,floor,device,threads,dtype,shape,bytes,repeats,calls,median_ms,q20_ms,q80_ms,gb_per_s,floor_ratio,"
+    "case,provider,floor,device,threads,dtype,shape,bytes,passes,repeats,calls,median_ms,q20_ms,q80_ms,gb_per_s,floor_ratio,"
     "peak_bytes,booked_bytes,"
     "python,torch,triton,ptwt,pytorch_wavelets,PyWavelets,opacus,fastDP,wavedp,commit,date"
 )
@@ -113,7 +113,7 @@ def test_the_command_prints_a_block_and_keeps_nothing(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["scattering"], "unknown suite scattering; there is wavelet, dp"),
+        (["scattering"], "unknown suite scattering; there is wavelet, dp, noise"),
         (["wavelet", "dwt3"], "unknown case dwt3; there are wavedec2-L1, wavedec2-L3"),
         (["--repeats", "0"], "--repeats must be at least 1, not 0"),
         (["--sample-ms", "nan"], "--sample-ms must be more than 0, not nan"),
