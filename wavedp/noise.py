@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wavedp.ops import noise as ops
 from wavedp.ops.arguments import check_tensor
+from wavedp.ops.noise import NARROW, WIDE
 
 __all__ = [
     "MAX_DEVIATION",
@@ -232,7 +233,7 @@ def gaussian_noise(
     std = _real(op, "std", std)
     _check_wide_enough(op, dtype)
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
-    _draw(op, None, std, 0.0, 1.0, key, step, offset, dtype == torch.float64, out)
+    _draw(op, None, std, 0.0, 1.0, key, step, offset, _kind(dtype), out)
     return out
 
 
@@ -272,7 +273,7 @@ def add_gaussian_noise_(
         raise RuntimeError(f"{op} was called on a leaf that requires grad: call it under torch.no_grad()")
     std = _real(op, "std", std)
     step_of_grid = _grid(op, grid, std)
-    _draw(op, tensor, std, step_of_grid, 1.0, key, step, offset, tensor.dtype == torch.float64, tensor)
+    _draw(op, tensor, std, step_of_grid, 1.0, key, step, offset, _kind(tensor.dtype), tensor)
     return tensor
 
 
@@ -315,7 +316,7 @@ def noisy_mean(
     std, divisor = _real(op, "std", std), _real(op, "divisor", divisor, positive=True)
     step_of_grid = _grid(op, grid, std)
     out = torch.empty(total.shape, dtype=dtype, device=total.device)
-    _draw(op, total.detach(), std, step_of_grid, divisor, key, step, offset, total.dtype == torch.float64, out)
+    _draw(op, total.detach(), std, step_of_grid, divisor, key, step, offset, _kind(total.dtype), out)
     return out
 
 
@@ -328,6 +329,10 @@ def grid_step(std: float) -> float:
     return step
 
 
+def _kind(dtype: torch.dtype) -> int:
+    return WIDE if dtype == torch.float64 else NARROW
+
+
 def _draw(
     op: str,
     total: Tensor | None,
@@ -337,13 +342,13 @@ def _draw(
     key: NoiseKey | None,
     step: int,
     offset: int,
-    wide: bool,
+    kind: int,
     out: Tensor,
 ) -> None:
     step = _integer(op, "step", step, most=2**32 - 1)
     offset = _integer(op, "offset", offset, most=2**63 - 1 - out.numel())
     with secret_of(op, key) as secret:
-        ops.noisy_mean(total, std, grid, divisor, secret, step, offset, wide, out)
+        ops.noisy_mean(total, std, grid, divisor, secret, step, offset, kind, out)
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ class PrivateStep(torch.optim.Optimizer):
         std, denominator, step_of_grid = grid_of(f"{name}.step", std, denominator, grid)
         with secret_of(f"{name}.step", key) as secret:
             tensors = [self._tensor(group, param, total) for (group, param), total in zip(params, totals)]
-            noise_step(self._rule, tensors, std, step_of_grid, denominator, secret, 0, 0)
+            noise_step(self._rule, tensors, std, step_of_grid, denominator, secret, 0, 0, False)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`, also that of torch's optimizer of the same rule; moments keep their precision."""
@@ -174,7 +174,7 @@ class DPSGD(PrivateStep):
         momentum = float(group["momentum"])
         constants = StepConstants(sign=_sign(group), l2=float(group["weight_decay"]), rate=float(group["lr"]))
         if momentum == 0.0:
-            return StepTensor(param, total, None, None, None, constants)
+            return StepTensor(param, total, None, None, None, None, None, False, constants)
         begun = self.state[param].get("momentum_buffer") is not None
         if not begun:
             self.state[param].pop("momentum_buffer", None)
@@ -184,7 +184,9 @@ class DPSGD(PrivateStep):
             nesterov=1.0 if group["nesterov"] else 0.0,
             from_first=momentum if group["nesterov"] else 1.0,
         )
-        return StepTensor(param, total, self._moment(param, "momentum_buffer"), None, None, constants)
+        return StepTensor(
+            param, total, self._moment(param, "momentum_buffer"), None, None, None, None, False, constants
+        )
 
 
 class DPAdam(PrivateStep):
@@ -234,7 +236,7 @@ class DPAdam(PrivateStep):
         )
         largest = self._moment(param, "max_exp_avg_sq") if group["amsgrad"] else None
         first, second = self._moment(param, "exp_avg"), self._moment(param, "exp_avg_sq")
-        return StepTensor(param, total, first, second, largest, constants)
+        return StepTensor(param, total, first, second, largest, None, None, False, constants)
 
 
 class DPAdamW(DPAdam):

@@ -10,6 +10,9 @@ from torch import Tensor
 from wavedp.ops.backend import implementation, requested_backend
 from wavedp.ops.out import written
 from wavedp.reference import noise as reference
+from wavedp.reference.noise import NARROW, STRICT, WIDE
+
+__all__ = ["NARROW", "STRICT", "WIDE", "chacha20_words", "noise_module", "noisy_mean"]
 
 
 def noise_module(device: torch.device) -> ModuleType:
@@ -31,12 +34,12 @@ def noisy_mean(
     key: Tensor,  # [32] uint8, on the CPU
     step: int,
     offset: int,
-    wide: bool,
+    kind: int,  # NARROW, WIDE or STRICT
     out: Tensor,  # [*]
 ) -> None:
     """The checked arguments of :func:`wavedp.noise.noisy_mean`, for tensors of any strides."""
-    arguments: tuple[Any, ...] = (std, grid, divisor, key, step, offset, wide)
-    module = noise_module(out.device)
+    arguments: tuple[Any, ...] = (std, grid, divisor, key, step, offset, kind)
+    module = noise_module(out.device) if kind != STRICT else reference
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     module.noisy_mean_forward(None if total is None else total.contiguous(), *arguments, target)
     if target is out:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wavedp.ops.wavelet_native import DTYPE_CODES, call
+from wavedp.reference.noise import WIDE
 from wavedp.reference.noise_step import StepTensor
 
 
@@ -24,7 +25,7 @@ def noisy_mean_forward(
     key: Tensor,  # [32] uint8
     step: int,
     offset: int,
-    wide: bool,
+    kind: int,
     out: Tensor,  # contiguous [*]
 ) -> None:
     """:func:`wavedp.reference.noise.noisy_mean_forward` by the C++ library. Normals of float32 are within 5 units in
@@ -32,7 +33,7 @@ def noisy_mean_forward(
     source = (0, 0) if total is None else (total.data_ptr(), DTYPE_CODES[total.dtype])
     target = out.data_ptr(), DTYPE_CODES[out.dtype]
     stream = key.data_ptr(), step, offset
-    call("noisy_mean", out, *stream, *source, *target, wide, std, grid, divisor, out.numel())
+    call("noisy_mean", out, *stream, *source, *target, kind == WIDE, std, grid, divisor, out.numel())
 
 
 def noise_step_forward(
@@ -44,6 +45,7 @@ def noise_step_forward(
     key: Tensor,
     step: int,
     offset: int,
+    strict: bool,
 ) -> None:
     """:func:`wavedp.reference.noise_step.noise_step_forward` by the C++ library: one pass over all tensors."""
     addresses, sizes, codes, constants = [], [], [], []
@@ -52,7 +54,7 @@ def noise_step_forward(
         addresses.append([0 if x is None else x.data_ptr() for x in memory])
         sizes.append(one.param.numel())
         codes.append((DTYPE_CODES[one.param.dtype], 0 if one.total is None else DTYPE_CODES[one.total.dtype]))
-        constants.append(one.constants)
+        constants.append(one.constants[:12])
     kinds = {one.param.dtype == torch.float64 for one in tensors}
     for wide in sorted(kinds):
         arguments = (key.data_ptr(), step, offset, rule, wide, std, grid, divisor, addresses, sizes, codes, constants)

@@ -23,6 +23,7 @@ def noise_step(
     key: Tensor,  # [32] uint8, on the CPU
     step: int,
     offset: int,
+    strict: bool,
 ) -> None:
     """The checked arguments of an optimizer's step. CPU tensors in one call where the C++ library is there, else one
     tensor after the other by the definition."""
@@ -34,12 +35,16 @@ def noise_step(
         for one in tensors
     ]
     on_cpu = all(one.param.device.type == "cpu" for one in dense)
-    module = noise_module(torch.device("cpu")) if on_cpu else reference
+    plain = not strict and all(
+        one.average is None and one.master is None and not one.stochastic and one.constants.least_square == 0.0
+        for one in dense
+    )
+    module = noise_module(torch.device("cpu")) if on_cpu and plain else reference
     forward = reference_step.noise_step_forward if module is reference else module.noise_step_forward
     if dense:
-        forward(rule, dense, std, grid, divisor, key, step, offset)
+        forward(rule, dense, std, grid, divisor, key, step, offset, strict)
     for given, used in zip(tensors, dense):
         if used.param is not given.param:
             given.param.copy_(used.param)
-    changed = [[one.param, one.first, one.second, one.largest] for one in tensors]
+    changed = [[one.param, one.first, one.second, one.largest, one.average, one.master] for one in tensors]
     written([x for tensor in changed for x in tensor if x is not None])
