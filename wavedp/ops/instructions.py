@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The instruction set of the C++ library, which is the best that the processor has unless one is asked for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from wavedp.ops.backend import use_backend
+
+INSTRUCTIONS = ("baseline", "avx2", "avx512")
+
+
+@contextmanager
+def use_instructions(name: str) -> Iterator[None]:
+    """Asks for the C++ library on one instruction set inside a ``with`` block; in the whole process, for tests.
+
+    Args:
+        name: ``"baseline"`` (SSE2 or NEON), ``"avx2"`` or ``"avx512"``.
+
+    Raises:
+        ValueError: unknown name, or the processor does not have it.
+        RuntimeError: the library is not installed.
+    """
+    with use_backend("native"):
+        from wavedp import _csrc
+
+        before = _csrc.isa()
+        _csrc.set_isa(name)
+        try:
+            yield
+        finally:
+            _csrc.set_isa(before)
