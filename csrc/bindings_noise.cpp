@@ -7,7 +7,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "arguments.h"
@@ -30,6 +30,10 @@ void check_positive(const char* name, double value) {
   if (!(value > 0) || !std::isfinite(value)) {
     throw std::invalid_argument(std::string(name) + " must be positive and finite");
   }
+}
+
+void check_grid(double grid, double std, bool strict) {
+  if (grid != 0 || (strict && std != 0)) check_positive("grid", grid);
 }
 
 // The last block's number must fit in 64 bits.
@@ -58,20 +62,21 @@ void chacha20_words(uintptr_t key, uint64_t counter, const std::vector<uint32_t>
 }
 
 void noisy_mean(uintptr_t key, uint32_t step, uint64_t offset, uintptr_t total, int total_dtype,
-                uintptr_t out, int out_dtype, bool wide, double std, double grid, double divisor,
+                uintptr_t out, int out_dtype, int kind, double std, double grid, double divisor,
                 int64_t count, int threads) {
   wavedp::check_range("threads", threads, 1, INT32_MAX);
   wavedp::check_range("count", count, 0, kMostElements);
   check_positive("divisor", divisor);
   if (std != 0) check_positive("std", std);
-  if (grid != 0) check_positive("grid", grid);
+  wavedp::check_range("kind", kind, 0, 2);
+  check_grid(grid, std, kind == static_cast<int>(wavedp::NormalKind::kStrict));
   wavedp::NoisyMean job{};
   job.stream = checked_stream(key, step, offset, count);
   job.total = reinterpret_cast<const void*>(total);
   job.total_dtype = wavedp::checked_dtype("total_dtype", total_dtype, DType::kFloat64);
   job.out = wavedp::checked_address("out_ptr", out, count);
   job.out_dtype = wavedp::checked_dtype("out_dtype", out_dtype, DType::kFloat16);
-  job.wide = wide;
+  job.kind = static_cast<wavedp::NormalKind>(kind);
   job.std = std;
   job.grid = grid;
   job.divisor = divisor;
@@ -79,21 +84,23 @@ void noisy_mean(uintptr_t key, uint32_t step, uint64_t offset, uintptr_t total, 
   wavedp::noisy_mean_cpu(job, threads);
 }
 
-// Of every parameter: addresses of parameter, sum and the three moments, and its size.
-using StepAddresses = std::array<uintptr_t, 5>;
+// Of every parameter: addresses of parameter, sum, the three moments, average and master.
+using StepAddresses = std::array<uintptr_t, 7>;
+// Of every parameter: dtype, its sum's dtype, and whether it is rounded at random.
+using StepKinds = std::tuple<int, int, bool>;
 
-void noise_step(uintptr_t key, uint32_t step, uint64_t offset, int rule, bool wide, double std, double grid,
-                double divisor, const std::vector<StepAddresses>& addresses,
-                const std::vector<int64_t>& sizes, const std::vector<std::pair<int, int>>& dtypes,
+void noise_step(uintptr_t key, uint32_t step, uint64_t offset, int rule, bool wide, bool strict, double std,
+                double grid, double divisor, const std::vector<StepAddresses>& addresses,
+                const std::vector<int64_t>& sizes, const std::vector<StepKinds>& kinds,
                 const std::vector<std::array<double, wavedp::kStepConstants>>& constants, int threads) {
   wavedp::check_range("threads", threads, 1, INT32_MAX);
   wavedp::check_range("rule", rule, 0, 1);
   check_positive("divisor", divisor);
   if (std != 0) check_positive("std", std);
-  if (grid != 0) check_positive("grid", grid);
+  check_grid(grid, std, strict);
   const std::size_t count = addresses.size();
-  if (sizes.size() != count || dtypes.size() != count || constants.size() != count) {
-    throw std::invalid_argument("addresses, sizes, dtypes and constants must be equally many");
+  if (sizes.size() != count || kinds.size() != count || constants.size() != count) {
+    throw std::invalid_argument("addresses, sizes, kinds and constants must be equally many");
   }
   std::vector<wavedp::StepTensor> tensors(count);
   std::vector<int64_t> starts(count + 1, 0);
@@ -104,12 +111,20 @@ void noise_step(uintptr_t key, uint32_t step, uint64_t offset, int rule, bool wi
     wavedp::StepTensor& tensor = tensors[t];
     const bool adam = rule == static_cast<int>(wavedp::StepRule::kAdam);
     tensor.param = wavedp::checked_address("a parameter", addresses[t][0], sizes[t]);
-    tensor.dtype = wavedp::checked_dtype("a parameter's dtype", dtypes[t].first, DType::kFloat16);
+    tensor.dtype = wavedp::checked_dtype("a parameter's dtype", std::get<0>(kinds[t]), DType::kFloat16);
     tensor.total = reinterpret_cast<const void*>(addresses[t][1]);
-    tensor.total_dtype = wavedp::checked_dtype("a sum's dtype", dtypes[t].second, DType::kFloat64);
+    tensor.total_dtype = wavedp::checked_dtype("a sum's dtype", std::get<1>(kinds[t]), DType::kFloat64);
     tensor.first = wavedp::checked_address("a first moment", addresses[t][2], adam ? sizes[t] : 0);
     tensor.second = wavedp::checked_address("a second moment", addresses[t][3], adam ? sizes[t] : 0);
     tensor.largest = reinterpret_cast<void*>(addresses[t][4]);
+    tensor.average = reinterpret_cast<void*>(addresses[t][5]);
+    tensor.master = reinterpret_cast<float*>(addresses[t][6]);
+    tensor.stochastic = std::get<2>(kinds[t]);
+    const bool half = tensor.dtype == DType::kBFloat16 || tensor.dtype == DType::kFloat16;
+    if (tensor.master && !half) throw std::invalid_argument("a master is that of a parameter of 16 bits");
+    if (tensor.stochastic && (tensor.dtype != DType::kBFloat16 || tensor.master)) {
+      throw std::invalid_argument("a parameter that is rounded at random is of bfloat16, without a master");
+    }
     static_assert(sizeof tensor.constants == sizeof constants[t]);
     std::memcpy(&tensor.constants, constants[t].data(), sizeof tensor.constants);
   }
@@ -117,6 +132,7 @@ void noise_step(uintptr_t key, uint32_t step, uint64_t offset, int rule, bool wi
   job.stream = checked_stream(key, step, offset, starts[count]);
   job.rule = static_cast<wavedp::StepRule>(rule);
   job.wide = wide;
+  job.strict = strict;
   job.std = std;
   job.grid = grid;
   job.divisor = divisor;
@@ -133,8 +149,8 @@ void bind_noise(py::module_& m) {
   m.def("chacha20_words", &chacha20_words, "key_ptr"_a, "counter"_a, "nonce"_a, "rounds"_a, "words_ptr"_a,
         "count"_a, "threads"_a, unlocked);
   m.def("noisy_mean", &noisy_mean, "key_ptr"_a, "step"_a, "offset"_a, "total_ptr"_a, "total_dtype"_a,
-        "out_ptr"_a, "out_dtype"_a, "wide"_a, "std"_a, "grid"_a, "divisor"_a, "count"_a, "threads"_a,
+        "out_ptr"_a, "out_dtype"_a, "kind"_a, "std"_a, "grid"_a, "divisor"_a, "count"_a, "threads"_a,
         unlocked);
-  m.def("noise_step", &noise_step, "key_ptr"_a, "step"_a, "offset"_a, "rule"_a, "wide"_a, "std"_a, "grid"_a,
-        "divisor"_a, "addresses"_a, "sizes"_a, "dtypes"_a, "constants"_a, "threads"_a, unlocked);
+  m.def("noise_step", &noise_step, "key_ptr"_a, "step"_a, "offset"_a, "rule"_a, "wide"_a, "strict"_a, "std"_a,
+        "grid"_a, "divisor"_a, "addresses"_a, "sizes"_a, "kinds"_a, "constants"_a, "threads"_a, unlocked);
 }

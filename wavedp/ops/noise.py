@@ -39,7 +39,7 @@ def noisy_mean(
 ) -> None:
     """The checked arguments of :func:`wavedp.noise.noisy_mean`, for tensors of any strides."""
     arguments: tuple[Any, ...] = (std, grid, divisor, key, step, offset, kind)
-    module = noise_module(out.device) if kind != STRICT else reference
+    module = noise_module(out.device)
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     module.noisy_mean_forward(None if total is None else total.contiguous(), *arguments, target)
     if target is out:

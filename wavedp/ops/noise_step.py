@@ -35,11 +35,7 @@ def noise_step(
         for one in tensors
     ]
     on_cpu = all(one.param.device.type == "cpu" for one in dense)
-    plain = not strict and all(
-        one.average is None and one.master is None and not one.stochastic and one.constants.least_square == 0.0
-        for one in dense
-    )
-    module = noise_module(torch.device("cpu")) if on_cpu and plain else reference
+    module = noise_module(torch.device("cpu")) if on_cpu else reference
     forward = reference_step.noise_step_forward if module is reference else module.noise_step_forward
     if dense:
         forward(rule, dense, std, grid, divisor, key, step, offset, strict)
