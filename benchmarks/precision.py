@@ -2,7 +2,8 @@
 """What the last bits of a noisy sum tell: one coordinate, one step, a record that is there or not.
 
 The noise has deviation 1, the record adds 1 to a sum of 0 (``noise_multiplier`` 1, its whole bound in one coordinate).
-The observer looks at one event, "the output is not what a multiple of 2^-k becomes", for every k. Differential privacy
+The observer looks at one event, "the output does not come from a noisy sum that is a
+multiple of 2^-k", for every k. Differential privacy
 bounds the chance of an event with the record by its chance without it: ``p <= e^epsilon q + delta``, with the roles
 exchanged too. The delta that an event shows at epsilon 4 is to stay below the Gaussian mechanism's own, 4.7e-5.
 """
@@ -14,6 +15,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from wavedp.optim import DPSGD
 
 EPSILON = 4.0
 FALSE_ALARM = 1e-6  # that any delta is overstated
-EXPONENTS = tuple(range(4, 41))
+EXPONENTS = tuple(range(4, 33))
 LEARNING_RATE = 0.1  # no power of two: the step rounds
 CHUNK = 1 << 20
 
@@ -38,18 +40,25 @@ def gaussian_delta(epsilon: float) -> float:
     return cdf(0.5 - epsilon) - math.exp(epsilon) * cdf(-0.5 - epsilon)
 
 
+def as_it_is(out: Tensor) -> list[Tensor]:
+    return [out.double()]
+
+
 @dataclass(frozen=True)
 class Mechanism:
-    """``release`` adds noise to sums [n], one a trial, and does what follows; ``becomes`` is what follows, alone."""
+    """``release`` adds noise to sums [n], one a trial, and does what follows.
+
+    ``sums_of`` is what an observer makes of the outputs: for each the noisy sums that it may come from, in float64,
+    NaN for none.
+    """
 
     release: Callable[[Tensor], Tensor]
-    becomes: Callable[[Tensor], Tensor]  # noisy sums in float64 -> outputs
-    scale: float = 1.0  # an output over the noisy sum it comes from, about
+    sums_of: Callable[[Tensor], list[Tensor]] = as_it_is
 
 
 @dataclass(frozen=True)
 class Event:
-    """The output is not what a multiple of 2^-exponent becomes."""
+    """The output comes from no multiple of 2^-exponent."""
 
     exponent: int
     without: int  # how often it was seen without the record
@@ -86,45 +95,34 @@ def events(mechanism: Mechanism, trials: int) -> list[Event]:
     for present in (0, 1):
         for start in range(0, trials, CHUNK):
             out = mechanism.release(torch.full((min(CHUNK, trials - start),), float(present)))
-            noisy = out.double() / mechanism.scale
+            sums = mechanism.sums_of(out)
             for exponent in EXPONENTS:
-                lattice = torch.round(noisy * 2.0**exponent) * 2.0**-exponent
-                counts[exponent][present] += int((mechanism.becomes(lattice) != out).sum())
+                scaled = [x * 2.0**exponent for x in sums]
+                on_lattice = torch.stack([x == torch.round(x) for x in scaled]).any(0)
+                counts[exponent][present] += int((~on_lattice).sum())
     return [Event(exponent, *counts[exponent], trials) for exponent in EXPONENTS]
 
 
-def float32(x: Tensor) -> Tensor:
-    return x.float()
-
-
-def bfloat16(x: Tensor) -> Tensor:
-    return x.bfloat16()
-
-
-def stepped(x: Tensor) -> Tensor:
-    """A weight of zero after SGD."""
-    return torch.zeros(x.shape).sub_(LEARNING_RATE * x.float())
+def gradients_of(weights: Tensor) -> list[Tensor]:
+    """Those of float32 that SGD's step from a weight of zero takes to ``weights``: the rate is no power of two."""
+    rate = torch.tensor(LEARNING_RATE)
+    nearest = -weights / rate
+    candidates = [nearest, *(torch.nextafter(nearest, torch.full_like(nearest, end)) for end in (-math.inf, math.inf))]
+    return [torch.where(-rate * x == weights, x, math.nan).double() for x in candidates]
 
 
 def ours() -> dict[str, Mechanism]:
-    def noise_in_place(total: Tensor) -> Tensor:
-        return wavedp.add_gaussian_noise_(total, 1.0)
-
     def step(total: Tensor, dtype: torch.dtype, rate: float) -> Tensor:
         weight = torch.zeros(total.shape, dtype=dtype)
         DPSGD([weight], lr=rate).step(sums=[total], std=1.0, denominator=1.0)
         return weight
 
     return {
-        "wavedp, add_gaussian_noise_": Mechanism(noise_in_place, float32),
-        "wavedp, noisy_mean": Mechanism(lambda total: wavedp.noisy_mean(total, 1.0), float32),
-        "wavedp, strict": Mechanism(lambda total: wavedp.noisy_mean(total.double(), 1.0, mode="strict"), lambda x: x),
-        "wavedp, DPSGD step": Mechanism(
-            lambda total: step(total, torch.float32, LEARNING_RATE), stepped, -LEARNING_RATE
-        ),
-        "wavedp, DPSGD step, bfloat16": Mechanism(
-            lambda total: step(total, torch.bfloat16, 1.0), lambda x: -x.bfloat16(), -1.0
-        ),
+        "wavedp, add_gaussian_noise_": Mechanism(lambda total: wavedp.add_gaussian_noise_(total, 1.0)),
+        "wavedp, noisy_mean": Mechanism(lambda total: wavedp.noisy_mean(total, 1.0)),
+        "wavedp, noisy_mean, strict": Mechanism(lambda total: wavedp.noisy_mean(total.double(), 1.0, mode="strict")),
+        "wavedp, DPSGD step": Mechanism(lambda total: step(total, torch.float32, LEARNING_RATE), gradients_of),
+        "wavedp, DPSGD step, bfloat16": Mechanism(lambda total: step(total, torch.bfloat16, 1.0)),
     }
 
 
@@ -152,13 +150,10 @@ def opacus() -> dict[str, Mechanism]:
 
     found = {}
     for name, secure in (("Opacus", False), ("Opacus, secure mode", True)):
-        found[name] = Mechanism(lambda total, secure=secure: noised(total, torch.float32, secure, False), float32)
-        found[f"{name}, SGD step"] = Mechanism(
-            lambda total, secure=secure: noised(total, torch.float32, secure, True), stepped, -LEARNING_RATE
-        )
-        found[f"{name}, bfloat16"] = Mechanism(
-            lambda total, secure=secure: noised(total, torch.bfloat16, secure, False), bfloat16
-        )
+        plain = partial(noised, dtype=torch.float32, secure=secure, step=False)
+        found[name] = Mechanism(plain)
+        found[f"{name}, SGD step"] = Mechanism(partial(plain, step=True), gradients_of)
+        found[f"{name}, bfloat16"] = Mechanism(partial(plain, dtype=torch.bfloat16))
     return found
 
 
@@ -189,4 +184,5 @@ def table(found: Mapping[str, list[Event]]) -> list[str]:
 
 
 def percent(count: int, trials: int) -> str:
-    return f"{100 * count / trials:.2f} %" if count else "0"
+    share = 100 * count / trials
+    return f"{share:.2f} %" if share >= 0.01 else "< 0.01 %" if count else "0"

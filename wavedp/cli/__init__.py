@@ -58,7 +58,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status, 0 or what its ``run`` returns. Bad input is one sentence on stderr, not a traceback."""
+    """Runs a command; returns its exit status: 2 for bad input, which is one sentence on stderr, not a traceback."""
     arguments = build_parser().parse_args(argv)
     try:
         status = arguments.run(arguments)
