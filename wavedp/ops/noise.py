@@ -10,9 +10,28 @@ from torch import Tensor
 from wavedp.ops.backend import implementation, requested_backend
 from wavedp.ops.out import written
 from wavedp.reference import noise as reference
-from wavedp.reference.noise import NARROW, STRICT, WIDE
+from wavedp.reference.noise import (
+    MAX_STRICT_DEVIATION,
+    NARROW,
+    STRICT,
+    STRICT_ANGLE_BITS,
+    STRICT_NORMAL_ERROR,
+    STRICT_RADIUS_BITS,
+    WIDE,
+)
 
-__all__ = ["NARROW", "STRICT", "WIDE", "chacha20_words", "noise_module", "noisy_mean"]
+__all__ = [
+    "MAX_STRICT_DEVIATION",
+    "NARROW",
+    "STRICT",
+    "STRICT_ANGLE_BITS",
+    "STRICT_NORMAL_ERROR",
+    "STRICT_RADIUS_BITS",
+    "WIDE",
+    "chacha20_words",
+    "noise_module",
+    "noisy_mean",
+]
 
 
 def noise_module(device: torch.device) -> ModuleType:

@@ -62,8 +62,8 @@ def _polynomial(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 def _radius(high: Tensor, low: Tensor, lowest: Tensor) -> Tensor:
-    """``sqrt(-2 ln u)`` for ``u = (2^44 high + 2^12 low + lowest + 1/2) 2^-76``, by ``ln u = exponent ln 2 + ln(1 + f)``
-    with ``1 + f`` in ``[sqrt(1/2), sqrt(2))``. ``w`` is u, or above 1/2 its distance from 1, rounded once; f is exact.
+    """``sqrt(-2 ln u)`` of ``u = (2^44 high + 2^12 low + lowest + 1/2) 2^-76``, from ``ln u = e ln 2 + ln(1 + f)`` with
+    ``1 + f`` in ``[sqrt(1/2), sqrt(2))``. ``w`` is u, or above 1/2 its distance from 1, rounded once; f is exact.
     """
     upper_half = high >= 1 << 31
     high, low = (torch.where(upper_half, word ^ _MASK, word) for word in (high, low))
