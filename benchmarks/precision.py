@@ -100,7 +100,7 @@ def events(mechanism: Mechanism, trials: int) -> list[Event]:
                 scaled = [x * 2.0**exponent for x in sums]
                 on_lattice = torch.stack([x == torch.round(x) for x in scaled]).any(0)
                 counts[exponent][present] += int((~on_lattice).sum())
-    return [Event(exponent, *counts[exponent], trials) for exponent in EXPONENTS]
+    return [Event(exponent, without, with_record, trials) for exponent, (without, with_record) in counts.items()]
 
 
 def gradients_of(weights: Tensor) -> list[Tensor]:
@@ -143,10 +143,10 @@ def opacus() -> dict[str, Mechanism]:
         weight.grad_sample, weight.summed_grad = torch.empty(1, 0), total.to(dtype)
         optimizer.add_noise()
         optimizer.scale_grad()
-        if not step:
-            return weight.grad
-        optimizer.original_optimizer.step()
-        return weight.detach()
+        if step:
+            optimizer.original_optimizer.step()
+        out: Tensor = weight.detach() if step else weight.grad
+        return out
 
     found = {}
     for name, secure in (("Opacus", False), ("Opacus, secure mode", True)):

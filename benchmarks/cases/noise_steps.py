@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -189,11 +188,8 @@ def steps_of(rule: Rule, size: Parameters, device: torch.device) -> dict[str, No
     add(plain_name(rule), lambda: plain_step(rule, tensors, True), (rule.step,), std=0.0)
     add_ours("wavedp", STD, rule.step, {})
     add_ours("wavedp, std=0", 0.0, rule.step, {})
-    options = inspect.signature(rule.private.step).parameters
-    if "noise_mode" in options:
-        add_ours("wavedp, strict", STD, rule.step, {}, noise_mode="strict")
-    if "ema_decay" in inspect.signature(rule.private).parameters:
-        add_ours("wavedp, with an average", STD, rule.step + 2, {"average": "average"}, ema_decay=0.999)
+    add_ours("wavedp, strict", STD, rule.step, {}, noise_mode="strict")
+    add_ours("wavedp, with an average", STD, rule.step + 2, {"average": "average"}, ema_decay=0.999)
     add("plain torch", lambda: noised_step(rule, tensors), (*made, TWO_TO_ONE, rule.step))
     if importlib.util.find_spec("opacus"):
         plain = rule.sweeps if device.type == "cpu" else None  # on a GPU torch takes them for many tensors at once

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The instruction set of the C++ library, which is the best that the processor has unless one is asked for."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from wavedp.ops.backend import use_backend
 
@@ -21,11 +23,10 @@ def use_instructions(name: str) -> Iterator[None]:
         RuntimeError: the library is not installed.
     """
     with use_backend("native"):
-        from wavedp import _csrc
-
-        before = _csrc.isa()
-        _csrc.set_isa(name)
+        library: Any = importlib.import_module("wavedp._csrc")
+        before = library.isa()
+        library.set_isa(name)
         try:
             yield
         finally:
-            _csrc.set_isa(before)
+            library.set_isa(before)

@@ -89,7 +89,7 @@ def public_source(
             return functional.noisy_mean(total, 1.0, mode=mode, key=key_of(key), step=step)
         return functional.add_gaussian_noise_(total.clone(), 1.0, key=key_of(key), step=step)
 
-    grid = functional.grid_step(1.0) if mode == "standard" else functional.grid_step(1.0, mode)
+    grid = functional.grid_step(1.0, mode)
     return NoiseSource(draw, add, grid, grid if mode == "strict" else 0.0)
 
 
