@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,6 +30,7 @@ from wavedp.ops import use_backend
 
 PREFIX = 1 << 14  # numbers that are compared with the definition
 STD, DIVISOR = 1.5, 256.0
+MOST_COMPILED = 1 << 24  # on a CPU the compiler's own generator takes 0.1 us a number
 
 
 def filler(fill: Callable[[Tensor], object], out: Tensor, sweeps: Sweeps | None) -> NoiseProvider:
@@ -71,7 +73,7 @@ def normals(size: Size, device: torch.device) -> Mapping[str, NoiseProvider]:
         "wavedp": ours(out),
         "torch.randn, out=": filler(lambda x: torch.randn(x.shape, out=x), out, made),
     }
-    if is_compiled(device):
+    if is_compiled(device) and math.prod(size.shape) <= MOST_COMPILED:
         compiled = torch.compile(lambda x: x.copy_(torch.randn_like(x)), dynamic=False)
         found["torch.compile of randn"] = filler(compiled, out, (FILL,))
     if device.type == "cpu":
@@ -158,7 +160,7 @@ def noisy_means(size: Size, device: torch.device) -> Mapping[str, NoiseProvider]
         "wavedp": NoiseProvider(lambda: mean, exact, (IN_PLACE,)),
         "plain torch": NoiseProvider(lambda: plain, checked(plain), (*made, TWO_TO_ONE, IN_PLACE, IN_PLACE, IN_PLACE)),
     }
-    if is_compiled(device):
+    if is_compiled(device) and math.prod(size.shape) <= MOST_COMPILED:
         compiled = torch.compile(fused_mean, dynamic=False)
         call: Thunk = partial(compiled, total, grid)
         found["torch.compile"] = NoiseProvider(lambda: call, checked(call), (IN_PLACE,))

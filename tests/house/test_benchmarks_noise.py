@@ -63,7 +63,7 @@ def test_each_provider_has_the_bytes_that_it_moves(results: Results) -> None:
 def test_the_steps_are_of_50_million_parameters() -> None:
     assert GPT.shape == (50_412_544,)
     assert len(GPT.shapes) == 147
-    assert MODELS["cuda"][1].shape[0] > 1_500_000_000
+    assert MODELS["cuda"][1].shape[0] > 750_000_000
 
 
 def normals_case(fill: Callable[[Tensor], object]) -> NoiseCase:

@@ -5,7 +5,7 @@ Moments, distribution function, tail, correlations within a stream and between k
 the residues of released sums on their grid. Right noise fails a run with the chance --false-alarm. Keys are
 the operating system's, so that every run is a new test. docs/noise.md says what each test sees.
 
-  wavedp noise-law --draws 1e8                              what this machine uses: about 15 s
+  wavedp noise-law --draws 1e8                              what this machine uses: 10 to 30 s
   wavedp noise-law --draws 1e8 --instructions avx2          the C++ library on another instruction set
   wavedp noise-law --draws 1e7 --backend reference          the definition
   wavedp noise-law --draws 1e8 --mode strict                strict noise
