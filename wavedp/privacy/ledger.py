@@ -256,7 +256,7 @@ class PrivacyLedger:
     def _match_budget(self) -> None:
         budget = self._contents.budget
         if not self._name:
-            raise LedgerError(f"{self.path} is shared by runs: name this one with run= (--run)")
+            raise LedgerError(f"{self.path} is shared by runs: name this one with run= (--run-name)")
         if self._asked is not None and self._asked != budget:
             raise LedgerError(f"{self.path} has another budget: {budget}. Leave the budget out to use that one")
 
