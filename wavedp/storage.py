@@ -28,7 +28,7 @@ def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
 
     ``private`` makes a file that its owner alone may read.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         _write_new(temporary, content, 0o600 if private else 0o666)
@@ -48,6 +48,14 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Creates ``folder`` and what is missing above it, durably."""
+    missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

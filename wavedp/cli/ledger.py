@@ -11,6 +11,7 @@ holds all that was spent. Exits with 2 if a ledger is damaged or forked.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from wavedp.privacy import check_not_forked, read_ledger
 
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     contents = read_ledger(arguments.ledger)
     common = None if arguments.copy is None else check_not_forked(arguments.ledger, arguments.copy)
     epsilon, delta = contents.spent()
-    runs = [
+    runs: list[dict[str, Any]] = [
         {
             "run": name,
             "steps_charged": run.charged,

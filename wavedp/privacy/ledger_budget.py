@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from wavedp.privacy import accounting
+from wavedp.privacy.phases import smallest_delta, total_steps
 from wavedp.privacy.spec import NEIGHBORING_RELATIONS, PrivacySpec
 from wavedp.privacy.validation import check_real
 
@@ -66,7 +67,7 @@ class PrivacyBudget:
             return epsilon, delta
         left = self.delta - delta
         phases = [phase for s in joint for phase in s.phases()]
-        if left < accounting.smallest_delta(accounting.total_steps(phases)):
+        if left < smallest_delta(total_steps(phases)):
             return math.inf, self.delta
         return epsilon + accounting.composed_epsilon(phases, left), self.delta
 

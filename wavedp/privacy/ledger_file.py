@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from wavedp.storage import sync_folder
+
 _FIRST = "0" * 64
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
 
@@ -104,11 +106,11 @@ class LedgerFile:
         finally:
             with contextlib.suppress(OSError):  # it stands in nobody's way
                 os.unlink(draft)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        folder, *above = self.path.absolute().parents
+        sync_folder(folder)
+        for parent in above:  # folders made for this run; what cannot be opened was there before
+            with contextlib.suppress(OSError):
+                sync_folder(parent)
         return True
 
     def _open(self, accept: Callable[[int, Entry], None]) -> None:

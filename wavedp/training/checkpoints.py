@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wavedp.storage import CONFIG_FILE, load_folder, save_folder, sync_folder
+from wavedp.storage import CONFIG_FILE, load_folder, make_folder, save_folder, sync_folder
 
 KEPT = 3
 """Generations in a folder."""
@@ -43,7 +43,7 @@ def save_generation(folder: Path, config: Mapping[str, Any], tensors: Mapping[st
     One process at a time may write into ``folder``. On OSError (disk full, no permission) the generations that were
     there are still there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     os.chmod(folder, 0o700)
     _remove_unfinished(folder)
     known = _generations(folder)

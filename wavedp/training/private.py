@@ -25,7 +25,7 @@ from wavedp.privacy import (
 )
 from wavedp.privacy.histogram import HISTOGRAM_FILE
 from wavedp.privacy.spec import LABEL_HISTOGRAM
-from wavedp.storage import write_bytes
+from wavedp.storage import make_folder, write_bytes
 from wavedp.training.checkpoints import load_newest, save_generation
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.loop import optimizer_tensors, restore_optimizer
@@ -98,7 +98,7 @@ def finetune_private(
     model.zero_grad(set_to_none=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = DPAdam(trained, lr=config.learning_rate, ema_decay=config.ema_decay)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
 
     from tqdm import tqdm
 
