@@ -87,19 +87,23 @@ class Faults:
             if len(self.seen) - 1 != self.at:
                 return real(*arguments, **options)
             if self.how == "short write":
-                return real(arguments[0], bytes(arguments[1])[: max(1, len(arguments[1]) // 2)])
+                return real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
             raise OSError(getattr(errno, self.how), os.strerror(getattr(errno, self.how)))
 
         return call
 
 
 @pytest.fixture
-def faults() -> Iterator[Callable[[Callable[[], object]], Iterator[tuple[Faults, BaseException | None]]]]:
-    """``faults(work)`` runs ``work`` once for every call that it makes and every way in which that may fail."""
+def faults() -> Callable[..., Iterator[tuple[Faults, BaseException | None]]]:
+    """``faults(work, reset)`` runs ``work`` once for every call that it makes and every way in which that may fail,
+    each time after ``reset``."""
 
-    def each(work: Callable[[], object]) -> Iterator[tuple[Faults, BaseException | None]]:
+    def each(
+        work: Callable[[], object], reset: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[Faults, BaseException | None]]:
         for how in ("ENOSPC", "EIO", "short write"):
             for at in itertools.count():
+                reset()
                 fault, error = Faults(how, at), None
                 with pytest.MonkeyPatch.context() as patch:
                     fault.install(patch)

@@ -19,13 +19,14 @@ from wavedp.models import (
     load_autoregressive,
 )
 from wavedp.optim import DPAdam
-from wavedp.privacy import PrivacyLedger, PrivacySpec, PrivateOptimizer
+from wavedp.privacy import LedgerError, PrivacyBudget, PrivacyLedger, PrivacySpec, PrivateOptimizer
 from wavedp.training.checkpoints import Checkpoint, load_newest
 from wavedp.training.private import (
     PrivateTrainingConfig,
     finetune_private,
     freeze_all_but,
     load_private_checkpoint,
+    save_private_checkpoint,
 )
 from wavedp.training.public import tokenize
 
@@ -335,3 +336,99 @@ def test_a_run_ends_at_its_target_with_everything_that_can_be_charged(
         assert (statement.steps_charged, len(statement.charged)) == (8, 3)
     with PrivacyLedger(tmp_path / "ledger.jsonl", spec) as ledger:
         assert ledger.remaining == 0
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_is_named(
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path
+):
+    finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path, progress=False)
+    path = newest(tmp_path).path
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    previous = newest(tmp_path).config["released"]
+    statement = finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path, progress=False)
+    assert statement.steps_charged == 8
+    assert any(f"checkpoint {path.name} was skipped: " in warning for warning in statement.warnings)
+    if previous < 8:
+        assert f"{8 - previous} charged steps are not in the model: a crash lost them." in statement.warnings
+
+
+def test_a_step_that_broke_off_is_not_saved(
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Weights of which a failed step changed some are neither those before it nor those after."""
+    step, calls = PrivateOptimizer.step, 0
+
+    def breaking(self: PrivateOptimizer, *arguments: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            with torch.no_grad():
+                next(iter(self.optimizer.param_groups[0]["params"])).add_(100.0)
+            raise RuntimeError("out of memory")
+        step(self, *arguments)
+
+    monkeypatch.setattr(PrivateOptimizer, "step", breaking)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path, progress=False)
+    found = newest(tmp_path)
+    assert found.config["released"] == 2
+    assert all(value.abs().max() < 50 for value in found.tensors.values())
+
+
+def test_a_checkpoint_of_another_run_or_history_is_refused(tmp_path: Path):
+    budget = PrivacyBudget(epsilon=1e4, delta=9e-3)
+    model = make_model()
+    optimizer = DPAdam(model.parameters(), ema_decay=0.95)
+    path = tmp_path / "shared"
+
+    def saved(run: str, released: int) -> Path:
+        with PrivacyLedger(path, SPEC, budget=budget, run=run) as ledger:
+            ledger.reserve(released)
+            save_private_checkpoint(tmp_path / run, model, optimizer, released, ledger)
+        return tmp_path / run
+
+    first, second = saved("a", 2), saved("b", 3)
+    with PrivacyLedger(path, SPEC, run="a") as ledger:
+        with pytest.raises(ValueError, match=r"it holds 3 steps of the run 'b', and .* charged 2 to 'a'"):
+            load_private_checkpoint(second, model, optimizer, ledger)
+        copy = path.read_bytes()
+        ledger.reserve(1)
+        head, lines = ledger.head, ledger.lines
+        save_private_checkpoint(first, model, optimizer, 3, ledger)
+    path.write_bytes(copy)
+    with PrivacyLedger(path, SPEC, run="a") as ledger:
+        with pytest.raises(ValueError, match=f"it has {lines - 1} lines and had {lines}: an older copy"):
+            load_private_checkpoint(first, model, optimizer, ledger)
+        ledger.reserve(2)
+        assert (ledger.lines, ledger.head == head) == (lines, False)
+        with pytest.raises(ValueError, match=f"its line {lines} is another one: two copies"):
+            load_private_checkpoint(first, model, optimizer, ledger)
+
+
+def test_runs_that_share_a_ledger_leave_it_open_and_their_statements_add_up(
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path
+):
+    budget = PrivacyBudget(epsilon=2.1 * SPEC.epsilon(), delta=3e-3, composition="joint")
+    spent = []
+    for run in ("a", "b"):
+        with PrivacyLedger(tmp_path / "shared", SPEC, budget=budget, run=run) as ledger:
+            statement = finetune_private(
+                dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path / run, ledger=ledger, progress=False
+            )
+            assert ledger.remaining == 0
+            ledger.check_history(statement.ledger_head, ledger.lines)
+        assert statement.epsilon == SPEC.epsilon()
+        assert (
+            sum("were fixed without looking at what earlier runs" in sentence for sentence in statement.assumptions)
+            == 1
+        )
+        assert not (tmp_path / run / "ledger.jsonl").exists()
+        spent.append((statement.ledger_runs, statement.ledger_epsilon, statement.ledger_delta))
+    assert spent == [(n, *budget.spent([SPEC] * n)) for n in (1, 2)]
+    other = replace(SPEC, noise_multiplier=2.0)
+    with (
+        PrivacyLedger(tmp_path / "shared", other, budget=budget, run="c") as ledger,
+        pytest.raises(LedgerError, match="another specification than the run's"),
+    ):
+        finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path / "c", ledger=ledger, progress=False)

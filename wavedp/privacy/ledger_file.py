@@ -129,8 +129,9 @@ class LedgerFile:
         if whole < len(content):
             os.ftruncate(self._file, whole)
         elif not content.endswith(b"\n"):
-            os.write(self._file, b"\n")
-            whole += 1
+            whole += os.write(self._file, b"\n")
+            if whole == len(content):
+                raise LedgerError(f"{self.path} takes no more bytes; is the disk full?")
         self._size = whole
         # A killed process may not have synced its last line; what is relied on is on disk.
         os.fsync(self._file)

@@ -276,7 +276,8 @@ def load_private_checkpoint(
             ledger.check_history(config["ledger_head"], config["ledger_lines"])
         if config.get("run", "") != ledger.run or released > ledger.charged:
             raise ValueError(
-                f"it is of the run {config.get('run', '')!r}, whose {released} steps {ledger.path} charged"
+                f"it holds {released} steps of the run {config.get('run', '')!r}, and {ledger.path} charged "
+                f"{ledger.charged} to {ledger.run!r}"
             )
         model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         states = {k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")}
