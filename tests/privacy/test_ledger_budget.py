@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that share a ledger share a budget: together they never pass it, and none can be forgotten."""
 
+import errno
+import fcntl
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -282,3 +285,25 @@ def test_a_line_that_another_program_appended_is_noticed(shared: Path, spec: Mak
         with pytest.raises(LedgerError, match="written to by something else"):
             ledger.reserve(1)
         assert ledger.charged == 4
+
+
+def test_a_long_ledger_and_a_disk_that_cannot_be_locked(
+    tmp_path: Path, spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = spec(steps=10**6)
+    with PrivacyLedger(tmp_path / "long", made) as ledger, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        for _ in range(5500):
+            ledger.reserve(2)
+    assert (tmp_path / "long").stat().st_size > 1 << 20
+    with PrivacyLedger(tmp_path / "long", made) as ledger:
+        assert ledger.charged == 11000
+
+    def unlockable(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unlockable)
+    for name in ("long", "new"):
+        with pytest.raises(LedgerError, match="No locks available"):
+            PrivacyLedger(tmp_path / name, made)
+    assert [path.name for path in tmp_path.iterdir()] == ["long"]

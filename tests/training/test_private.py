@@ -20,6 +20,7 @@ from wavedp.models import (
 )
 from wavedp.optim import DPAdam
 from wavedp.privacy import LedgerError, PrivacyBudget, PrivacyLedger, PrivacySpec, PrivateOptimizer
+from wavedp.storage import save_folder
 from wavedp.training.checkpoints import Checkpoint, load_newest
 from wavedp.training.private import (
     PrivateTrainingConfig,
@@ -432,3 +433,21 @@ def test_runs_that_share_a_ledger_leave_it_open_and_their_statements_add_up(
         pytest.raises(LedgerError, match="another specification than the run's"),
     ):
         finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path / "c", ledger=ledger, progress=False)
+
+
+def test_a_checkpoint_from_before_generations_is_continued(
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path
+):
+    finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path, progress=False)
+    found = newest(tmp_path)
+    old = {key: value for key, value in found.config.items() if key not in ("run", "ledger_lines")}
+    save_folder(tmp_path / "old", old, found.tensors)
+    model = make_model()
+    optimizer = DPAdam(model.parameters(), ema_decay=0.95)
+    with PrivacyLedger(tmp_path / "ledger.jsonl", SPEC) as ledger:
+        assert load_private_checkpoint(tmp_path / "old", model, optimizer, ledger) == (8, ())
+    with (
+        PrivacyLedger(tmp_path / "other", SPEC) as ledger,
+        pytest.raises(ValueError, match="its spending is not in"),
+    ):
+        load_private_checkpoint(tmp_path / "old", model, optimizer, ledger)

@@ -68,13 +68,14 @@ class LedgerFile:
         return self._digests
 
     def append(self, fields: Mapping[str, Any]) -> None:
-        """Write one line, durably; after any failure the file is closed, and nothing may rely on the line."""
+        """Write one line, durably; nothing may rely on it where this raises, and after a failed write the file is
+        closed."""
         if os.getpid() != self._process:
             raise LedgerError(f"{self.path} was opened by another process; open the ledger after forking")
         try:
             current, opened = os.stat(self.path), os.fstat(self._handle())
-        except FileNotFoundError as error:
-            raise LedgerError(f"{self.path} was removed while in use") from error
+        except OSError as error:
+            raise LedgerError(f"{self.path} was removed while in use, or cannot be reached: {error}") from error
         if (current.st_dev, current.st_ino) != (opened.st_dev, opened.st_ino):
             raise LedgerError(f"{self.path} was replaced while in use")
         if opened.st_size != self._size:
@@ -230,11 +231,7 @@ def _torn(line: bytes) -> bool:
 
 
 def _read(descriptor: int) -> bytes:
-    size = os.fstat(descriptor).st_size
     content = b""
-    while len(content) < size:
-        part = os.pread(descriptor, size - len(content), len(content))
-        if not part:
-            break
+    while part := os.pread(descriptor, 1 << 20, len(content)):
         content += part
     return content
