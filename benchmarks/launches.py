@@ -74,6 +74,8 @@ class Case:
     stem: str  # of the module in kernels/
     call: Callable[[ModuleType], object]
     main: bool = False  # compiled for every architecture, not only for sm_90
+    moved: float = 0.0  # of the noise: bytes that an element must move
+    numbers: int = 0  # of the noise: elements of a lane
 
     def launches(self, kernels: ModuleType) -> list[Launch]:
         """``kernels`` is the module of ``stem``, not interpreted."""
@@ -227,7 +229,7 @@ def chacha20_words(count: int, rounds: int, **flags: bool) -> Case:
     def call(kernels: ModuleType) -> object:
         return kernels.chacha20_words_forward(_KEY, 0, (0, 0), rounds, _empty((count,), torch.uint32))
 
-    return Case(f"chacha20_words {count} rounds {rounds}", "noise", call, flags.get("main", False))
+    return Case(f"chacha20_words {count} rounds {rounds}", "noise", call, flags.get("main", False), 4.0, 16)
 
 
 NARROW, WIDE, STRICT = range(3)
@@ -242,9 +244,11 @@ def noisy_mean(count: int, dtype: torch.dtype, out_dtype: torch.dtype, kind: int
         step = 2.0**-20 if grid else 0.0
         return kernels.noisy_mean_forward(total, 1.0, step, 4.0, _KEY, 0, 0, kind, _empty((count,), out_dtype))
 
-    note = ("", "wide", "strict")[kind] + " noise alone" * noise_alone + " no grid" * (not grid)
+    notes = ("", "wide", "strict")[kind], "noise alone" * noise_alone, "no grid" * (not grid)
     types = NAMES[dtype] if out_dtype == dtype else f"{NAMES[dtype]} to {NAMES[out_dtype]}"
-    return Case(f"noisy_mean {count} {types} {note}".rstrip(), "noise", call, flags.get("main", False))
+    name = " ".join(filter(None, ("noisy_mean", str(count), types, *notes)))
+    moved = out_dtype.itemsize + (0 if noise_alone else dtype.itemsize)
+    return Case(name, "noise", call, flags.get("main", False), moved, 8 if kind == STRICT else 10)
 
 
 SGD, ADAM = range(2)
@@ -253,24 +257,32 @@ SGD, ADAM = range(2)
 def noise_step(rule: int, dtypes: tuple[torch.dtype, ...], note: str = "", **flags: bool) -> Case:
     """A parameter of 2^24 elements of each type, with sums of float32, or of float64 for float64."""
 
+    noise, strict = flags.get("noise", True), flags.get("strict", False)
+    given = [flags.get("momentum", rule == ADAM), rule == ADAM, *(flags.get(n) for n in ("amsgrad", "average"))]
+    moved = 0.0
+    for dtype in dtypes:
+        real = torch.promote_types(dtype, torch.float32).itemsize
+        # A master is read and written in place of the parameter, which is written alone.
+        param = dtype.itemsize + 8 if flags.get("master") and dtype.itemsize == 2 else 2 * dtype.itemsize
+        moved += (param + real + 2 * real * sum(map(bool, given))) / len(dtypes)
+
     def call(kernels: ModuleType) -> object:
         tensors = []
         for dtype in dtypes:
             real = torch.promote_types(dtype, torch.float32)
-            given = [flags.get("momentum", rule == ADAM), rule == ADAM, *(flags.get(n) for n in ("amsgrad", "average"))]
             moments = [_empty((1 << 24,), real) if there else None for there in given]
             master = _empty((1 << 24,), torch.float32) if flags.get("master") and dtype.itemsize == 2 else None
             constants = StepConstants(least_square=1.0 if flags.get("corrected") else 0.0)
             stochastic = flags.get("stochastic", False)
             total = _empty((1 << 24,), real)
             tensors.append(StepTensor(_empty((1 << 24,), dtype), total, *moments, master, stochastic, constants))
-        noise, strict = flags.get("noise", True), flags.get("strict", False)
         std, grid = (1.0, 2.0**-12) if noise else (0.0, 0.0)
         return kernels.noise_step_forward(rule, tensors, std, grid, 4.0, _KEY, 0, 0, strict)
 
     name = ("SGD", "Adam")[rule]
     types = "+".join(NAMES[dtype] for dtype in dtypes)
-    return Case(f"noise_step {name} {types} {note}".rstrip(), "noise", call, flags.get("main", False))
+    name = f"noise_step {name} {types} {note}".rstrip()
+    return Case(name, "noise", call, flags.get("main", False), moved, 8 if strict else 10)
 
 
 _KEY = torch.zeros(32, dtype=torch.uint8)

@@ -39,12 +39,6 @@ def kernels(fresh_kernels: Callable[..., ModuleType]) -> ModuleType:
     return module
 
 
-@pytest.fixture
-def rounded_roots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's square root of float64 on a CPU is off by a unit in the last place for one number in a hundred."""
-    monkeypatch.setattr(torch, "sqrt", lambda x: torch.from_numpy(np.sqrt(x.numpy())))
-
-
 @pytest.fixture(autouse=True)
 def _poisoned(poisoned_memory: None) -> None:
     """What a kernel leaves unwritten is NaN."""
@@ -165,7 +159,6 @@ def test_numbers_have_the_bits_of_the_cpus(kernels: ModuleType, kind: int) -> No
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.usefixtures("rounded_roots")
 def test_strict_numbers_have_the_bits_of_the_definition(kernels: ModuleType) -> None:
     found, expected = mean(kernels, None, STRICT, torch.float64, 2.0**-50, std=1.0, divisor=1.0, offset=2**40 + 93)
     assert torch.equal(found, expected)
@@ -223,8 +216,8 @@ def test_nothing_is_nothing(kernels: ModuleType) -> None:
 
 
 def exact_normals(high: Tensor, low: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition's, with the nearest quarter turn taken off the angle in integers: near the zeros of sine and cosine
-    the definition itself is off by units in the last place of float64's angle."""
+    """The definition's, with the nearest quarter turn taken off the angle in integers: near the zeros of sine and
+    cosine the definition itself is off by units in the last place of float64's angle."""
     radius, _ = reference.normals_from_words(high, low, torch.zeros_like(angle))
     quarter = (angle + (1 << 29)) >> 30
     rest = (angle - (quarter << 30)).double() + 0.5
@@ -252,7 +245,6 @@ def _transform_kernel(words_ptr, first_ptr, second_ptr, TRANSFORM: tl.constexpr,
 CORNERS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 0x20000000, 0x1FFFFFFF, 0x4AFB0CCC)
 
 
-@pytest.mark.usefixtures("rounded_roots")
 @pytest.mark.parametrize(("kind", "count"), [(NARROW, 3), (WIDE, 3), (STRICT, 4)])
 def test_corners_of_the_transform(fresh_kernels: Callable[..., ModuleType], kind: int, count: int) -> None:
     device = fresh_kernels("noise_normals", interpreted=True)
