@@ -9,7 +9,6 @@ from torch import Tensor
 
 from wavedp.ops.backend import implementation
 from wavedp.ops.out import written
-from wavedp.reference import noise as reference
 from wavedp.reference.noise import (
     MAX_STRICT_DEVIATION,
     NARROW,
@@ -35,10 +34,9 @@ __all__ = [
 
 
 def noise_module(device: torch.device) -> ModuleType:
-    """As the other ops: the C++ library for CPU tensors, Triton for those on a GPU, unless a backend is asked for; the
-    definition on other devices, and where the compiled library has no noise for the device."""
-    module = implementation("noise", device)
-    return reference if device.type == "cuda" and module.__name__.endswith("_native") else module
+    """As for the other ops: the C++ library for CPU tensors, Triton or else the CUDA library for those on a GPU, unless
+    a backend is asked for; the definition on other devices."""
+    return implementation("noise", device)
 
 
 def chacha20_words(key: Tensor, counter: int, nonce: tuple[int, ...], rounds: int, out: Tensor) -> None:
