@@ -65,7 +65,7 @@ LAZY = {
     "pywt": {"benchmarks"},
     "ptwt": {"benchmarks"},
     "pytorch_wavelets": {"benchmarks"},
-    "opacus": {"benchmarks"},
+    "opacus": {"benchmarks", "privacy"},  # privacy: its PRV accountant, for comparison
     "fastDP": {"benchmarks"},
     "sklearn": {"data", "training"},
     "HersheyFonts": {"data"},

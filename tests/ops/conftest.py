@@ -102,3 +102,22 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(params=["reference", "baseline", "avx2", "avx512"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of what PyTorch has no op for, as noise: the definition, and the C++ library on each instruction set."""
+    name: str = request.param
+    if name == "reference":
+        with use_backend("reference"):
+            yield name
+        return
+    native = pytest.importorskip("wavedp._csrc", reason="needs the C++ library")
+    before = native.isa()
+    try:
+        native.set_isa(name)
+    except ValueError:
+        pytest.skip(f"needs a CPU with {name}")
+    with use_backend("native"):
+        yield name
+    native.set_isa(before)

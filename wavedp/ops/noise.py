@@ -35,9 +35,11 @@ __all__ = [
 
 
 def noise_module(device: torch.device) -> ModuleType:
-    """The C++ library for CPU tensors; the definition on other devices, and for backends that have no noise."""
-    native = device.type == "cpu" and requested_backend() in ("auto", "native")
-    return implementation("noise", device) if native else reference
+    """The C++ library for CPU tensors, the CUDA library where it is asked for; the definition on other devices, and for
+    backends that have no noise."""
+    backends = {"cpu": ("auto", "native"), "cuda": ("cuda",)}
+    chosen = requested_backend() in backends.get(device.type, ())
+    return implementation("noise", device) if chosen else reference
 
 
 def chacha20_words(key: Tensor, counter: int, nonce: tuple[int, ...], rounds: int, out: Tensor) -> None:

@@ -25,8 +25,8 @@ def noise_step(
     offset: int,
     strict: bool,
 ) -> None:
-    """The checked arguments of an optimizer's step. CPU tensors in one call where the C++ library is there, else one
-    tensor after the other by the definition."""
+    """The checked arguments of an optimizer's step. Tensors of one device in one call where there is a library for it,
+    else one tensor after the other by the definition."""
     dense = [
         one._replace(
             param=one.param if one.param.is_contiguous() else one.param.contiguous(),
@@ -34,8 +34,8 @@ def noise_step(
         )
         for one in tensors
     ]
-    on_cpu = all(one.param.device.type == "cpu" for one in dense)
-    module = noise_module(torch.device("cpu")) if on_cpu else reference
+    devices = {one.param.device for one in dense}
+    module = noise_module(devices.pop()) if len(devices) == 1 else reference
     forward = reference_step.noise_step_forward if module is reference else module.noise_step_forward
     if dense:
         forward(rule, dense, std, grid, divisor, key, step, offset, strict)

@@ -20,6 +20,7 @@ from wavedp.privacy.bookings import Bookings, Factors, RecordMap
 from wavedp.privacy.clipping import Clipping
 from wavedp.privacy.coverage import BookedLayer, booked_layers, saved_buffers, trainable_parameters
 from wavedp.privacy.functional_uses import FunctionalUses
+from wavedp.privacy.heap import keep_freed_memory
 from wavedp.privacy.layers import Call, LayerRule
 from wavedp.privacy.per_sample import PerSampleGradient
 from wavedp.privacy.probe import IndependenceProbe, Place, rows_of_outputs
@@ -79,6 +80,8 @@ class GradientBook:
         """[rows] int64, the record of each row, in the next backward that a listener waits for."""
         self.attached = True
         compiled.prepare_compiler()
+        if any(parameter.device.type == "cpu" for parameter in self.parameters.values()):
+            keep_freed_memory()
         # A checkpoint loaded into the attached model changes buffers without reading private data.
         self._load_hooks = [m.register_load_state_dict_post_hook(self._on_load) for m in model.modules()]
         for name, layer in self._in_layers.items():

@@ -12,7 +12,9 @@ from torch import Tensor
 
 STRICT_NORMAL_ERROR = 2.0**-47
 """Bound of ``|computed - exact|`` of ``(std / grid) * normal``, in units of one standard deviation, where exact is
-Box and Muller's formula of the same words; the rounding to an integer is not counted."""
+Box and Muller's formula of the same words; the rounding to an integer is not counted. In units of 2^-53 the radius is
+at most 1.6 off, relatively, a cosine 1.6, a product 1 each; so 5.2 * 2^-53 * 10.33 < 2^-47.2 is not exceeded (a sine is
+1.8 off where it is 0.71, and makes less). The worst of 3.6e5 words, structured ones among them, was 2^-48.2."""
 
 STRICT_RADIUS_BITS, STRICT_ANGLE_BITS = 76, 52
 """Of the four words of a pair. Both numbers of a pair together show the radius to the resolution of the grid. 64 bits

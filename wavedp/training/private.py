@@ -20,7 +20,10 @@ from wavedp.privacy import (
     PrivacyStatement,
     PrivateOptimizer,
     physical_batches,
+    release_label_histogram,
 )
+from wavedp.privacy.histogram import HISTOGRAM_FILE
+from wavedp.privacy.spec import LABEL_HISTOGRAM
 from wavedp.storage import load_folder, save_folder, write_bytes
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.loop import optimizer_tensors, restore_optimizer
@@ -70,7 +73,8 @@ def finetune_private(
 
     Only the model's ``num_scales`` coarsest scales are ever computed from the images. Writes ``log.csv`` (whose losses
     are NOT private), ``ledger.jsonl``, ``checkpoint/``, ``model/`` (the averaged weights), ``privacy.json`` and
-    ``privacy.txt`` in ``folder``. A run that Ctrl-C stopped leaves all of them, and the same call continues it; steps
+    ``privacy.txt`` in ``folder``, and ``label_histogram.json`` where ``spec`` charges one, released before the first
+    step. A run that Ctrl-C stopped leaves all of them, and the same call continues it; steps
     that were charged and lost in a crash stay charged, and the statement says how many.
 
     Raises ValueError when data, tokenizer, model and specification do not fit, before anything is charged.
@@ -87,6 +91,7 @@ def finetune_private(
     from tqdm import tqdm
 
     with PrivacyLedger(folder / "ledger.jsonl", spec) as ledger:
+        lost_labels = _release_labels(dataset, spec, ledger, folder / HISTOGRAM_FILE)
         released = load_private_checkpoint(folder / "checkpoint", model, optimizer, average, ledger)
         start = ledger.charged
         sampler = PoissonSampler.for_spec(spec, len(dataset), steps=ledger.remaining)
@@ -127,6 +132,8 @@ def finetune_private(
             if released < ledger.charged:
                 lost = f"{ledger.charged - released} charged steps are not in the model: a crash lost them."
                 statement = replace(statement, warnings=(*statement.warnings, lost))
+            if lost_labels:
+                statement = replace(statement, warnings=(*statement.warnings, lost_labels))
             private.close()
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
@@ -136,6 +143,17 @@ def finetune_private(
             save_model(model, folder / "model")
             write_statement(statement, folder)
     return statement
+
+
+def _release_labels(dataset: ImageDataset, spec: PrivacySpec, ledger: PrivacyLedger, file: Path) -> str | None:
+    """Releases and saves the label histogram, if there is one and it was not released; what to say if it was lost."""
+    if LABEL_HISTOGRAM not in spec.releases:
+        return None
+    if LABEL_HISTOGRAM not in ledger.released:
+        release_label_histogram(dataset.labels, len(dataset.classes), spec, ledger=ledger, path=file)
+    elif not file.is_file():
+        return f"The charged label histogram is not in {file.name}: a crash lost it, and it is not drawn again."
+    return None
 
 
 def _check_inputs(
