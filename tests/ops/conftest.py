@@ -67,6 +67,9 @@ TARGETS = [
 ]
 
 
+KERNELS = ("wavelet", "wavelet_tokens", "per_sample", "noise")  # modules that ops choose
+
+
 @pytest.fixture(scope="session")
 def fresh_kernels() -> Callable[..., ModuleType]:
     return load_fresh_kernels
@@ -74,7 +77,7 @@ def fresh_kernels() -> Callable[..., ModuleType]:
 
 @pytest.fixture(scope="session")
 def interpreted_kernels() -> dict[str, ModuleType]:
-    return {name: load_fresh_kernels(name, interpreted=True) for name in ("wavelet", "wavelet_tokens", "per_sample")}
+    return {name: load_fresh_kernels(name, interpreted=True) for name in KERNELS}
 
 
 @pytest.fixture(params=TARGETS, ids=str)
