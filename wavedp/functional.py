@@ -23,6 +23,11 @@ from torch import Tensor
 from wavedp.noise import (
     GRID_BITS,
     MAX_DEVIATION,
+    MAX_STRICT_DEVIATION,
+    STRICT_ANGLE_BITS,
+    STRICT_GRID_BITS,
+    STRICT_NORMAL_ERROR,
+    STRICT_RADIUS_BITS,
     NoiseKey,
     add_gaussian_noise_,
     chacha20_words,
@@ -66,6 +71,11 @@ Details: TypeAlias = tuple[Tensor, Tensor, Tensor]
 __all__ = [
     "GRID_BITS",
     "MAX_DEVIATION",
+    "MAX_STRICT_DEVIATION",
+    "STRICT_ANGLE_BITS",
+    "STRICT_GRID_BITS",
+    "STRICT_NORMAL_ERROR",
+    "STRICT_RADIUS_BITS",
     "NoiseKey",
     "add_gaussian_noise_",
     "chacha20_words",

@@ -69,5 +69,15 @@ inline void chacha_blocks(const KeyWords& key, const Words (&last)[4], int round
   for (int w = 0; w < 4; ++w) x[12 + w] += last[w];
 }
 
+// Blocks `block` to `block + kLanes - 1` of a stream; `block` is a multiple of kLanes.
+inline void stream_blocks(const KeyWords& key, uint32_t step, uint32_t domain, uint64_t block,
+                          Words (&x)[kBlockWords]) {
+  Words counter = Words{} + static_cast<uint32_t>(block);
+  for (int lane = 0; lane < kLanes; ++lane) counter[lane] += lane;  // never carries
+  const Words last[4] = {counter, Words{} + static_cast<uint32_t>(block >> 32), Words{} + step,
+                         Words{} + (domain << 24)};
+  chacha_blocks(key, last, 20, x);
+}
+
 }  // namespace
 }  // namespace wavedp::WAVEDP_ISA

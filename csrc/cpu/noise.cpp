@@ -2,13 +2,14 @@
 // The raw stream and the noisy mean of one tensor.
 #include "noise_units.h"
 #include "noisy.h"
+#include "normals_strict.h"
 
 namespace wavedp::WAVEDP_ISA {
 namespace {
 
 // `element` of a tensor on, as float64 or as the type that `out` is narrowed from.
-template <class Total, class Normal>
-void mean_stretch(const NoisyMean& job, const MeanRule& rule, int64_t element, int64_t count,
+template <class Total, class Rule, class Normal>
+void mean_stretch(const NoisyMean& job, const Rule& rule, int64_t element, int64_t count,
                   const Normal* normals) {
   const Total* total = job.total ? static_cast<const Total*>(job.total) + element : nullptr;
   void* out = address_of(job.out, job.out_dtype, element);
@@ -23,11 +24,12 @@ void mean_stretch(const NoisyMean& job, const MeanRule& rule, int64_t element, i
   narrow_row(job.out_dtype, odd, count, out, false);
 }
 
-template <class Normal>
+template <class Source, class Rule>
 void mean_units(const NoisyMean& job, int64_t begin, int64_t end) {
-  const MeanRule rule(job.std, job.grid, job.divisor);
+  using Normal = typename Source::Real;
+  const Rule rule(job.std, job.grid, job.divisor);
   const int64_t starts[2] = {0, job.count};
-  over_elements<Normal>(
+  over_elements<Source>(
       job.stream, job.std > 0, {starts, 1}, begin, end,
       [&](int64_t, int64_t element, int64_t count) {
         if (job.total)
@@ -67,7 +69,14 @@ void chacha20_words_units(const ChachaWords& job, int64_t begin, int64_t end) {
 }
 
 void noisy_mean_units(const NoisyMean& job, int64_t begin, int64_t end) {
-  job.wide ? mean_units<double>(job, begin, end) : mean_units<float>(job, begin, end);
+  switch (job.kind) {
+    case NormalKind::kNarrow:
+      return mean_units<Normals<float>, MeanRule>(job, begin, end);
+    case NormalKind::kWide:
+      return mean_units<Normals<double>, MeanRule>(job, begin, end);
+    case NormalKind::kStrict:
+      return mean_units<StrictNormals, StrictRule>(job, begin, end);
+  }
 }
 
 }  // namespace wavedp::WAVEDP_ISA

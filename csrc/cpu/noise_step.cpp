@@ -2,6 +2,8 @@
 // Steps of SGD and Adam by the noisy mean: sum, noise, grid, division, moments and parameter in one pass.
 #include "noise_units.h"
 #include "noisy.h"
+#include "normals_strict.h"
+#include "rounding.h"
 
 namespace wavedp::WAVEDP_ISA {
 namespace {
@@ -43,6 +45,7 @@ struct Sgd {
 template <class Real>
 struct Adam {
   const Real sign, l2, rate, first, keep, keep_second, second, root_scale, eps;
+  const Real square_scale, noise_square, least_square;
 
   explicit Adam(const StepConstants& c)
       : sign(Real(c.sign)),
@@ -53,9 +56,20 @@ struct Adam {
         keep_second(Real(c.keep_second)),
         second(Real(c.second)),
         root_scale(Real(c.root_scale)),
-        eps(Real(c.eps)) {}
+        eps(Real(c.eps)),
+        square_scale(Real(c.root_scale * c.root_scale)),
+        noise_square(Real(c.noise_square)),
+        least_square(Real(c.least_square)) {}
 
-  template <bool kLargest>
+  // sqrt of the bias-corrected second moment, or of what is left of it without the noise's part.
+  template <bool kCorrected>
+  Real root(Real v) const {
+    if constexpr (!kCorrected) return std::sqrt(v) * root_scale;
+    const Real signal = v * square_scale - noise_square;
+    return std::sqrt(signal < least_square ? least_square : signal);
+  }
+
+  template <bool kCorrected, bool kLargest>
   void run(const Real* gradient, int64_t count, Real* param, Real* moment, Real* square,
            Real* largest) const {
     WAVEDP_INDEPENDENT
@@ -69,31 +83,48 @@ struct Adam {
         v = v > largest[i] ? v : largest[i];
         largest[i] = v;
       }
-      param[i] = keep * p - rate * (m / (std::sqrt(v) * root_scale + eps));
+      param[i] = keep * p - rate * (m / (root<kCorrected>(v) + eps));
     }
   }
 };
 
-template <class Real>
-void update(StepRule rule, const StepTensor& tensor, int64_t element, const Real* gradient, int64_t count,
-            Real* param) {
+template <class Real, bool kCorrected>
+void update_adam(const StepTensor& tensor, int64_t element, const Real* gradient, int64_t count,
+                 Real* param) {
   Real *first = static_cast<Real*>(tensor.first), *second = static_cast<Real*>(tensor.second);
   Real* largest = static_cast<Real*>(tensor.largest);
-  if (rule == StepRule::kSgd) {
-    const Sgd<Real> sgd(tensor.constants);
-    return first ? sgd.run(gradient, count, param, first + element) : sgd.run(gradient, count, param);
-  }
   const Adam<Real> adam(tensor.constants);
   if (largest) {
-    adam.template run<true>(gradient, count, param, first + element, second + element, largest + element);
+    adam.template run<kCorrected, true>(gradient, count, param, first + element, second + element,
+                                        largest + element);
   } else {
-    adam.template run<false>(gradient, count, param, first + element, second + element, nullptr);
+    adam.template run<kCorrected, false>(gradient, count, param, first + element, second + element, nullptr);
   }
 }
 
 template <class Real>
+void update(StepRule rule, const StepTensor& tensor, int64_t element, const Real* gradient, int64_t count,
+            Real* param) {
+  if (rule == StepRule::kSgd) {
+    const Sgd<Real> sgd(tensor.constants);
+    Real* first = static_cast<Real*>(tensor.first);
+    return first ? sgd.run(gradient, count, param, first + element) : sgd.run(gradient, count, param);
+  }
+  tensor.constants.least_square > 0 ? update_adam<Real, true>(tensor, element, gradient, count, param)
+                                    : update_adam<Real, false>(tensor, element, gradient, count, param);
+}
+
+template <class Real>
+void follow(const Real* param, Real weight, int64_t count, Real* average) {
+  WAVEDP_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) average[i] += weight * (param[i] - average[i]);
+}
+
+// Real is what parameters and moments are computed in.
+template <class Real, class Source, class Rule>
 void step_units(const NoiseStep& job, int64_t begin, int64_t end) {
-  const MeanRule rule(job.std, job.grid, job.divisor);
+  const Rule rule(job.std, job.grid, job.divisor);
+  RoundingBits bits(job.stream);
   alignas(kLineBytes) Real gradient[kMostElements], widened[kMostElements];
   const auto ahead = [&](int64_t t, int64_t element, int64_t count) {
     const StepTensor& tensor = job.tensors[t];
@@ -105,8 +136,10 @@ void step_units(const NoiseStep& job, int64_t begin, int64_t end) {
     fetch(tensor.first, kNative<Real>);
     fetch(tensor.second, kNative<Real>);
     fetch(tensor.largest, kNative<Real>);
+    fetch(tensor.average, kNative<Real>);
+    fetch(tensor.master, DType::kFloat32);
   };
-  const auto step = [&](int64_t t, int64_t element, int64_t count, const Real* normals) {
+  const auto step = [&](int64_t t, int64_t element, int64_t count, const typename Source::Real* normals) {
     const StepTensor& tensor = job.tensors[t];
     if ((tensor.dtype == DType::kFloat64) != job.wide) return;
     if (tensor.total_dtype == DType::kFloat64) {
@@ -117,20 +150,42 @@ void step_units(const NoiseStep& job, int64_t begin, int64_t end) {
       mean_of(rule, total ? total + element : nullptr, normals, count, gradient);
     }
     void* param = address_of(tensor.param, tensor.dtype, element);
-    if (tensor.dtype == kNative<Real>) {
-      return update(job.rule, tensor, element, gradient, count, static_cast<Real*>(param));
+    const bool native = tensor.dtype == kNative<Real>;
+    Real* values = native ? static_cast<Real*>(param) : widened;
+    if constexpr (sizeof(Real) == 4) {
+      if (tensor.master) values = tensor.master + element;
     }
-    widen_row(tensor.dtype, param, 1, count, Real(1), Real(0), widened);
-    update(job.rule, tensor, element, gradient, count, widened);
-    narrow_row(tensor.dtype, widened, count, param, false);
+    if (values == widened) widen_row(tensor.dtype, param, 1, count, Real(1), Real(0), widened);
+    update(job.rule, tensor, element, gradient, count, values);
+    if (tensor.average) {
+      const Real weight = Real(tensor.constants.average_weight);
+      follow(values, weight, count, static_cast<Real*>(tensor.average) + element);
+    }
+    if (native) return;
+    if constexpr (sizeof(Real) == 4) {
+      if (tensor.stochastic) {
+        uint16_t* target = static_cast<uint16_t*>(param);
+        return bits.each(job.stream.offset + job.starts[t] + element, count,
+                         [&](int64_t from, const uint16_t* random, int64_t here) {
+                           round_at_random(values + from, random, here, target + from);
+                         });
+      }
+    }
+    narrow_row(tensor.dtype, values, count, param, false);
   };
-  over_elements<Real>(job.stream, job.std > 0, {job.starts, job.count}, begin, end, ahead, step);
+  over_elements<Source>(job.stream, job.std > 0, {job.starts, job.count}, begin, end, ahead, step);
 }
 
 }  // namespace
 
 void noise_step_units(const NoiseStep& job, int64_t begin, int64_t end) {
-  job.wide ? step_units<double>(job, begin, end) : step_units<float>(job, begin, end);
+  if (job.strict) {
+    job.wide ? step_units<double, StrictNormals, StrictRule>(job, begin, end)
+             : step_units<float, StrictNormals, StrictRule>(job, begin, end);
+  } else {
+    job.wide ? step_units<double, Normals<double>, MeanRule>(job, begin, end)
+             : step_units<float, Normals<float>, MeanRule>(job, begin, end);
+  }
 }
 
 }  // namespace wavedp::WAVEDP_ISA

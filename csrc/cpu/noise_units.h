@@ -7,18 +7,21 @@
 
 namespace wavedp {
 
-static inline int64_t group_count(const NoiseStream& stream, int64_t elements) {
+static inline int64_t group_count(const NoiseStream& stream, bool strict, int64_t elements) {
   if (elements == 0) return 0;
-  const int64_t skipped = static_cast<int64_t>(stream.offset % kGroupNormals);
-  return (skipped + elements + kGroupNormals - 1) / kGroupNormals;
+  const int64_t group = strict ? kStrictGroupNormals : kGroupNormals;
+  const int64_t skipped = static_cast<int64_t>(stream.offset % group);
+  return (skipped + elements + group - 1) / group;
 }
 
 static inline int64_t unit_count(const ChachaWords& job) {
   return (job.count + kBlockWords - 1) / kBlockWords;
 }
-static inline int64_t unit_count(const NoisyMean& job) { return group_count(job.stream, job.count); }
+static inline int64_t unit_count(const NoisyMean& job) {
+  return group_count(job.stream, job.kind == NormalKind::kStrict, job.count);
+}
 static inline int64_t unit_count(const NoiseStep& job) {
-  return group_count(job.stream, job.starts[job.count]);
+  return group_count(job.stream, job.strict, job.starts[job.count]);
 }
 
 }  // namespace wavedp

@@ -88,15 +88,38 @@ inline void mean_of(const MeanRule& rule, const Total* total, const Normal* norm
   return mean_loop<true, true, true, Finish>(rule, total, normals, count, out);
 }
 
-template <class Total, class Normal>
-inline void mean_of(const MeanRule& rule, const Total* total, const Normal* normals, int64_t count,
-                    double* out) {
+// Strict noise: sum and noise are rounded by themselves, and added as integers.
+struct StrictRule : MeanRule {
+  using MeanRule::MeanRule;
+};
+
+template <bool kTotal, class Finish, class Total, class Out>
+inline void strict_loop(const StrictRule& rule, const Total* total, const double* normals, int64_t count,
+                        Out* out) {
+  const double deviation = rule.std / rule.grid, grid = rule.grid, per_grid = rule.per_grid;
+  const double divisor = rule.divisor, reciprocal = rule.reciprocal;
+  WAVEDP_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) {
+    const double sum = kTotal ? nearest_integer(double(total[i]) * per_grid) : 0.0;
+    out[i] = Finish::apply((sum + nearest_integer(deviation * normals[i])) * grid, divisor, reciprocal);
+  }
+}
+
+template <class Finish, class Total, class Out>
+inline void mean_of(const StrictRule& rule, const Total* total, const double* normals, int64_t count,
+                    Out* out) {
+  if (rule.std == 0) return mean_of<Finish>(static_cast<const MeanRule&>(rule), total, normals, count, out);
+  total ? strict_loop<true, Finish>(rule, total, normals, count, out)
+        : strict_loop<false, Finish>(rule, total, normals, count, out);
+}
+
+template <class Rule, class Total, class Normal>
+inline void mean_of(const Rule& rule, const Total* total, const Normal* normals, int64_t count, double* out) {
   mean_of<Divided>(rule, total, normals, count, out);
 }
 
-template <class Total, class Normal>
-inline void mean_of(const MeanRule& rule, const Total* total, const Normal* normals, int64_t count,
-                    float* out) {
+template <class Rule, class Total, class Normal>
+inline void mean_of(const Rule& rule, const Total* total, const Normal* normals, int64_t count, float* out) {
   mean_of<Plain>(rule, total, normals, count, out);
 }
 

@@ -99,25 +99,23 @@ inline void turn_wide(uint32_t high, uint32_t low, uint32_t angle, double& first
 }
 
 // The numbers of a stream by groups of sixteen blocks.
+template <class Number>
 class Normals {
  public:
+  using Real = Number;
+  static constexpr int64_t kGroup = kGroupNormals;
+
   explicit Normals(const NoiseStream& stream) : key_(stream.key), step_(stream.step) {}
 
   // The 160 numbers of a group.
-  template <class Real>
   void group(uint64_t number, Real* target) const {
     for (int lane = 0; lane < kGroupBlocks; lane += kLanes) some(number * kGroupBlocks + lane, target + lane);
   }
 
  private:
-  template <class Real>
   void some(uint64_t block, Real* target) const {
-    Words counter = Words{} + static_cast<uint32_t>(block);
-    for (int lane = 0; lane < kLanes; ++lane) counter[lane] += lane;  // never carries: `block` is a multiple
-    const Words last[4] = {counter, Words{} + static_cast<uint32_t>(block >> 32), Words{} + step_,
-                           Words{} + (kNoiseDomain << 24)};
     Words x[kBlockWords];
-    chacha_blocks(key_, last, 20, x);
+    stream_blocks(key_, step_, kNoiseDomain, block, x);
     for (int pair = 0; pair < kBlockNormals / 2; ++pair) {
       Real *even = target + 2 * pair * kGroupBlocks, *odd = even + kGroupBlocks;
       const Words &high = x[3 * pair], &low = x[3 * pair + 1], &angle = x[3 * pair + 2];
@@ -179,15 +177,17 @@ constexpr int64_t kChunkGroups = 4;
 // Groups [begin, end) of those that hold the elements of the row: use(tensor, element, count, normals) for
 // each stretch of one tensor. Before a group is made, ahead(tensor, element, count) is called for what it is
 // for, so that memory is fetched meanwhile. Unless `wanted`, nothing is drawn.
-template <class Real, class Ahead, class Use>
+template <class Source, class Ahead, class Use>
 inline void over_elements(const NoiseStream& stream, bool wanted, const Row& row, int64_t begin, int64_t end,
                           const Ahead& ahead, const Use& use) {
-  alignas(kLineBytes) Real normals[kChunkGroups * kGroupNormals];
-  const Normals source(stream);
-  const uint64_t first_group = stream.offset / kGroupNormals;
-  const int64_t skipped = static_cast<int64_t>(stream.offset % kGroupNormals);
+  using Real = typename Source::Real;
+  constexpr int64_t kGroup = Source::kGroup;
+  alignas(kLineBytes) Real normals[kChunkGroups * kGroup];
+  const Source source(stream);
+  const uint64_t first_group = stream.offset / kGroup;
+  const int64_t skipped = static_cast<int64_t>(stream.offset % kGroup);
   const auto element_of = [&](int64_t group) {
-    const int64_t element = group * kGroupNormals - skipped;
+    const int64_t element = group * kGroup - skipped;
     return element < 0 ? 0 : element < row.size() ? element : row.size();
   };
   int64_t tensor = row.holder(element_of(begin)), next = tensor;
@@ -195,9 +195,9 @@ inline void over_elements(const NoiseStream& stream, bool wanted, const Row& row
     const int64_t stop = end - g < kChunkGroups ? end : g + kChunkGroups;
     for (int64_t group = g; group < stop; ++group) {
       next = row.each(next, element_of(group), element_of(group + 1), ahead);
-      if (wanted) source.group(first_group + group, normals + (group - g) * kGroupNormals);
+      if (wanted) source.group(first_group + group, normals + (group - g) * kGroup);
     }
-    const int64_t origin = g * kGroupNormals - skipped;  // the element of normals[0]
+    const int64_t origin = g * kGroup - skipped;  // the element of normals[0]
     tensor =
         row.each(tensor, element_of(g), element_of(stop), [&](int64_t t, int64_t element, int64_t count) {
           use(t, element, count, normals + (row.starts[t] + element - origin));

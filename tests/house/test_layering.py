@@ -27,8 +27,8 @@ ARROWS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"wavedp", "training", "pipeline", "functional", "benchmarks"} | PARTS,
     # measures what lies under functional too, and training steps of the pipeline's models
-    "benchmarks": {"wavedp", "functional", "ops", "reference", "kernels", "privacy", "models"},
-    "training": {"wavedp", "pipeline", "functional"} | PARTS,
+    "benchmarks": {"wavedp", "functional", "optim", "ops", "reference", "kernels", "privacy", "models"},
+    "training": {"wavedp", "pipeline", "functional", "optim"} | PARTS,
     "pipeline": {"models", "superres", "storage", "functional"},
     "data": {"storage", "extras", "functional"},
     "models": {"storage", "extras", "functional"},
@@ -38,8 +38,11 @@ ARROWS: dict[str, set[str]] = {
     "storage": set(),
     "extras": set(),
     "functional": {"ops", "tokens", "per_sample", "noise"},
-    "noise": {"ops"},  # the noise functions of functional
-    "optim": {"noise", "ops"},
+    "noise": {"ops", "noise_key", "noise_checks"},  # the noise functions of functional
+    "noise_key": {"noise_checks"},
+    "noise_checks": {"ops"},
+    "optim": {"private_step", "noise_checks", "ops"},
+    "private_step": {"noise_key", "noise_checks", "ops"},  # what the optimizers have in common
     "tokens": {"ops"},  # the token functions of functional
     "per_sample": {"ops"},  # and its functions on the gradients of single records
     "ops": {"kernels", "native", "reference"},

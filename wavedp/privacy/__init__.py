@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from wavedp.privacy.clipping_rules import ClippingRule
     from wavedp.privacy.engine import EngineOptimizer, PrivacyEngine
     from wavedp.privacy.entropy import Entropy
+    from wavedp.privacy.histogram import (
+        label_probabilities,
+        load_label_histogram,
+        release_label_histogram,
+    )
     from wavedp.privacy.independence import check_records_independent
     from wavedp.privacy.ledger import LedgerError, PrivacyLedger
     from wavedp.privacy.loader import PrivateLoader
@@ -74,10 +79,13 @@ _HOMES = {
     "epsilon_rdp": "accounting",
     "gaussian_noise": "noise",
     "grid_step": "noise",
+    "label_probabilities": "histogram",
+    "load_label_histogram": "histogram",
     "noise_multiplier_beside_count": "clipping_adaptive",
     "noise_multiplier_for": "accounting",
     "physical_batches": "sampling",
     "records_per_block": "rounding",
+    "release_label_histogram": "histogram",
     "round_to_grid": "noise",
     "steps_for": "accounting",
 }
@@ -116,10 +124,13 @@ __all__ = [
     "epsilon_rdp",
     "gaussian_noise",
     "grid_step",
+    "label_probabilities",
+    "load_label_histogram",
     "noise_multiplier_beside_count",
     "noise_multiplier_for",
     "physical_batches",
     "records_per_block",
+    "release_label_histogram",
     "round_to_grid",
     "steps_for",
 ]

@@ -6,6 +6,10 @@ in its upper byte: 1 for noise. Number ``i`` of a stream is made from block ``16
 ``k = i % 160 // 16`` and ``p = k // 2``, words ``3 p``, ``3 p + 1`` and ``3 p + 2`` of the block are the upper and the
 lower half of the radius and the angle, and the number is the cosine's for even k, the sine's for odd k. Neither calls
 nor threads nor devices that share a range between them change a number.
+
+Strict noise has a domain of its own, 3, and four words for two numbers: number ``i`` is from block ``16 (i // 128) +
+i % 16``, and with ``k = i % 128 // 16`` and ``p = k // 2`` words ``4 p`` to ``4 p + 3`` make them as
+:func:`strict_normals_from_words` says.
 """
 
 import math
@@ -14,10 +18,45 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wavedp.reference.normals_strict import (
+    MAX_STRICT_DEVIATION,
+    STRICT_ANGLE_BITS,
+    STRICT_NORMAL_ERROR,
+    STRICT_RADIUS_BITS,
+    strict_normals_from_words,
+)
+
+__all__ = [
+    "BLOCK_NORMALS",
+    "GROUP_BLOCKS",
+    "GROUP_NORMALS",
+    "MAX_STRICT_DEVIATION",
+    "NARROW",
+    "NOISE_DOMAIN",
+    "ROUNDING_DOMAIN",
+    "STRICT",
+    "STRICT_ANGLE_BITS",
+    "STRICT_BLOCK_NORMALS",
+    "STRICT_DOMAIN",
+    "STRICT_GROUP_NORMALS",
+    "STRICT_NORMAL_ERROR",
+    "STRICT_RADIUS_BITS",
+    "WIDE",
+    "WORDS",
+    "chacha20_blocks",
+    "chacha20_words_forward",
+    "noisy_mean_forward",
+    "normals_from_words",
+    "strict_normals_from_words",
+]
+
 WORDS = 16  # of a block
 GROUP_BLOCKS, BLOCK_NORMALS = 16, 10
 GROUP_NORMALS = GROUP_BLOCKS * BLOCK_NORMALS
-NOISE_DOMAIN = 1
+STRICT_BLOCK_NORMALS = 8
+STRICT_GROUP_NORMALS = GROUP_BLOCKS * STRICT_BLOCK_NORMALS
+NOISE_DOMAIN, ROUNDING_DOMAIN, STRICT_DOMAIN = 1, 2, 3
+NARROW, WIDE, STRICT = 0, 1, 2  # kinds of normals: of float32, of float64 from the same words, and of strict noise
 
 _CONSTANTS = tuple(int.from_bytes(b"expand 32-byte k"[k : k + 4], "little") for k in range(0, 16, 4))
 _MASK = 0xFFFFFFFF
@@ -33,7 +72,7 @@ def _rotated(x: Tensor, bits: int) -> Tensor:
     return ((x << bits) | (x >> (32 - bits))) & _MASK
 
 
-def _blocks(
+def chacha20_blocks(
     key: Tensor,  # [32] uint8
     counter: int,  # of the first block
     nonce: Sequence[int],  # 3 words, or 2 where the counter has 64 bits
@@ -70,7 +109,7 @@ def chacha20_words_forward(
     """The raw stream from the beginning of block ``counter``."""
     for first in range(0, -(-out.numel() // WORDS), _MOST_BLOCKS):
         count = min(_MOST_BLOCKS, -(-out.numel() // WORDS) - first)
-        words = _blocks(key, counter + first, nonce, rounds, count, out.device).T.flatten()
+        words = chacha20_blocks(key, counter + first, nonce, rounds, count, out.device).T.flatten()
         part = out[first * WORDS : (first + count) * WORDS]
         part.copy_(words[: part.numel()].to(torch.uint32))
 
@@ -93,13 +132,17 @@ def normals_from_words(
     return radius * torch.cos(theta), radius * torch.sin(theta)
 
 
-def _normals(key: Tensor, step: int, first: int, groups: int, device: torch.device) -> Tensor:
+def _normals(strict: bool, key: Tensor, step: int, first: int, groups: int, device: torch.device) -> Tensor:
     """Numbers of ``groups`` whole groups from group ``first`` on, float64."""
-    nonce = (step, NOISE_DOMAIN << 24)
-    words = _blocks(key, first * GROUP_BLOCKS, nonce, 20, groups * GROUP_BLOCKS, device)
-    high, low, angle = words[: 3 * BLOCK_NORMALS // 2].view(BLOCK_NORMALS // 2, 3, -1).unbind(1)
-    pairs = torch.stack(normals_from_words(high, low, angle), dim=1)  # [5, 2, 16 groups]
-    return pairs.view(BLOCK_NORMALS, groups, GROUP_BLOCKS).transpose(0, 1).flatten()
+    numbers, nonce = (STRICT_BLOCK_NORMALS, STRICT_DOMAIN) if strict else (BLOCK_NORMALS, NOISE_DOMAIN)
+    words = chacha20_blocks(key, first * GROUP_BLOCKS, (step, nonce << 24), 20, groups * GROUP_BLOCKS, device)
+    pairs = numbers // 2
+    if strict:
+        both = strict_normals_from_words(*words.view(pairs, 4, -1).unbind(1))
+    else:
+        both = normals_from_words(*words[: 3 * pairs].view(pairs, 3, -1).unbind(1))
+    rows = torch.stack(both, dim=1)  # [pairs, 2, 16 groups]
+    return rows.view(numbers, groups, GROUP_BLOCKS).transpose(0, 1).flatten()
 
 
 def _rounded_once(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,25 +165,32 @@ def noisy_mean_forward(
     key: Tensor,  # [32] uint8
     step: int,
     offset: int,  # of the first element in the stream
-    wide: bool,  # normals of float64, else of float32
+    kind: int,  # NARROW, WIDE or STRICT
     out: Tensor,  # contiguous [*]
 ) -> None:
     """``round((total + std * normal) / grid) * grid / divisor`` in float64, rounded once to the type of ``out``.
 
-    With ``std`` 0 there is neither noise nor grid.
+    Strict noise is ``(round(total / grid) + round(std / grid * normal)) * grid / divisor``, and needs a grid: two
+    integers below 2^52, whose sum and whose product with the grid are exact. With ``std`` 0 there is neither noise nor
+    grid.
     """
+    strict = kind == STRICT
     flat = out.view(-1)
     totals = None if total is None else total.reshape(-1)
-    size = _MOST_BLOCKS // GROUP_BLOCKS * GROUP_NORMALS
+    group = STRICT_GROUP_NORMALS if strict else GROUP_NORMALS
+    size = _MOST_BLOCKS // GROUP_BLOCKS * group
     for start in range(0, flat.numel(), size):
         part = flat[start : start + size]
         x = torch.zeros_like(part, dtype=torch.float64) if totals is None else totals[start : start + size].double()
         if std > 0.0:
-            first, skipped = divmod(offset + start, GROUP_NORMALS)
-            groups = -(-(skipped + part.numel()) // GROUP_NORMALS)
-            normals = _normals(key, step, first, groups, out.device)[skipped : skipped + part.numel()]
-            x = x + std * (normals if wide else normals.float().double())
-            if grid > 0.0:
-                x = torch.round(x / grid) * grid
+            first, skipped = divmod(offset + start, group)
+            groups = -(-(skipped + part.numel()) // group)
+            normals = _normals(strict, key, step, first, groups, out.device)[skipped : skipped + part.numel()]
+            if strict:
+                x = (torch.round(x / grid) + torch.round((std / grid) * normals)) * grid
+            else:
+                x = x + std * (normals.float().double() if kind == NARROW else normals)
+                if grid > 0.0:
+                    x = torch.round(x / grid) * grid
         # The reciprocal's error is far below the rounding to a narrower type.
         part.copy_(x / divisor if out.dtype == torch.float64 else _rounded_once(x * (1.0 / divisor), out.dtype))
