@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "cli": {"wavedp", "training", "pipeline", "functional", "benchmarks"} | PARTS,
     # measures what lies under functional too, and training steps of the pipeline's models
     "benchmarks": {"wavedp", "functional", "optim", "ops", "reference", "kernels", "privacy", "models"},
-    "training": {"wavedp", "pipeline", "functional"} | PARTS,
+    "training": {"wavedp", "pipeline", "functional", "optim"} | PARTS,
     "pipeline": {"models", "superres", "storage", "functional"},
     "data": {"storage", "extras", "functional"},
     "models": {"storage", "extras", "functional"},

@@ -16,8 +16,10 @@ from torch import Tensor
 import wavedp
 from wavedp.noise import MAX_STRICT_DEVIATION, STRICT_NORMAL_ERROR, grid_step
 from wavedp.ops import use_backend
-from wavedp.reference.noise import STRICT_DOMAIN
+from wavedp.ops.noise import noisy_mean
+from wavedp.reference.noise import STRICT, STRICT_DOMAIN
 from wavedp.reference.normals_strict import COSINE, HALF_PI, LOG, SINE, strict_normals_from_words
+from wavedp.reference.normals_strict import _square_root as reference_root
 
 WORD = 0xFFFFFFFF
 DRAWS = 1_000_000
@@ -130,11 +132,19 @@ def test_every_implementation_has_the_definitions_bits(
 
 
 def test_normals_to_their_last_bits(implementation: str) -> None:
-    """On a grid of 2^-40 of the deviation, where 45 bits of a normal are seen."""
-    key, total = wavedp.NoiseKey.insecure(1), torch.zeros(200_000, dtype=torch.float64)
-    found = wavedp.noisy_mean(total, 1.0, grid=2.0**-39, key=key, mode="strict")
+    """On a grid of 2^-52 of the deviation nothing above 2^-1 is rounded, and of the rest a place or two."""
+    key = torch.arange(32, dtype=torch.uint8)
+    found, expected = (torch.empty(200_000, dtype=torch.float64) for _ in range(2))
+    noisy_mean(None, 1.0, 2.0**-52, 1.0, key, 1, 5, STRICT, found)
     with use_backend("reference"):
-        assert torch.equal(found, wavedp.noisy_mean(total, 1.0, grid=2.0**-39, key=key, mode="strict")), implementation
+        noisy_mean(None, 1.0, 2.0**-52, 1.0, key, 1, 5, STRICT, expected)
+    assert torch.equal(found, expected), implementation
+
+
+def test_the_definitions_root_is_rounded_to_nearest() -> None:
+    x = torch.rand(100_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    roots = reference_root(x).tolist()
+    assert roots == [math.sqrt(one) for one in x.tolist()]
 
 
 def test_sum_and_noise_are_rounded_apart(implementation: str) -> None:

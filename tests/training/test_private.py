@@ -18,6 +18,7 @@ from wavedp.models import (
     SpectralTokenizerConfig,
     load_autoregressive,
 )
+from wavedp.optim import DPAdam
 from wavedp.privacy import PrivacyLedger, PrivacySpec, PrivateOptimizer
 from wavedp.storage import load_folder
 from wavedp.training.private import (
@@ -25,7 +26,6 @@ from wavedp.training.private import (
     finetune_private,
     freeze_all_but,
     load_private_checkpoint,
-    update_average,
 )
 from wavedp.training.public import tokenize
 
@@ -100,8 +100,8 @@ def test_the_model_holds_the_average_of_the_released_weights(
     finetune_private(dataset, tokenizer, model, SPEC, CONFIG, tmp_path, progress=False)
     config, tensors = load_folder(tmp_path / "checkpoint")
     assert config["released"] == 8
-    for name, value in model.named_parameters():
-        assert torch.equal(value, tensors[f"average.{name}"]), name
+    for index, (name, value) in enumerate(model.named_parameters()):
+        assert torch.equal(value, tensors[f"optimizer.{index}.average"]), name
         assert not torch.equal(value, tensors[f"model.{name}"]), name
     assert model.config.privately_trained
 
@@ -110,17 +110,20 @@ def test_adam_goes_on_where_it_was(dataset: TensorImageDataset, tokenizer: Spect
     """The moments come back from the checkpoint, and so do the weights that they belong to."""
     finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path, progress=False)
     model = make_model()
-    optimizer = torch.optim.Adam(model.parameters())
-    average = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    optimizer = DPAdam(model.parameters(), ema_decay=0.95)
     with PrivacyLedger(tmp_path / "ledger.jsonl", SPEC) as ledger:
-        assert load_private_checkpoint(tmp_path / "checkpoint", model, optimizer, average, ledger) == 8
+        assert load_private_checkpoint(tmp_path / "checkpoint", model, optimizer, ledger) == 8
     _, tensors = load_folder(tmp_path / "checkpoint")
     for index, (name, parameter) in enumerate(model.named_parameters()):
         state = optimizer.state[parameter]
         assert int(state["step"]) == 8
         assert torch.equal(state["exp_avg"], tensors[f"optimizer.{index}.exp_avg"])
         assert torch.equal(parameter, tensors[f"model.{name}"])
-        assert torch.equal(average[name], tensors[f"average.{name}"])
+        assert torch.equal(state["average"], tensors[f"optimizer.{index}.average"])
+    with PrivacyLedger(tmp_path / "ledger.jsonl", SPEC) as ledger:
+        frozen = DPAdam(list(model.parameters())[1:], ema_decay=0.95)
+        with pytest.raises(ValueError, match="it trained other parameters"):
+            load_private_checkpoint(tmp_path / "checkpoint", model, frozen, ledger)
 
 
 def test_a_crash_loses_at_most_the_steps_since_the_checkpoint_and_says_so(
@@ -265,16 +268,6 @@ def test_names_that_match_nothing_are_refused():
         freeze_all_but(make_model(), "lora")
     with pytest.raises(ValueError, match="not a regular expression"):
         freeze_all_but(make_model(), "(")
-
-
-def test_the_average_of_constant_weights_is_those_weights_and_old_ones_fade():
-    model = torch.nn.Linear(1, 1, bias=False)
-    average = {"weight": torch.zeros(1, 1)}
-    with torch.no_grad():
-        model.weight.fill_(1.0)
-    for count in range(1, 200):
-        update_average(average, model, 0.9, count)
-    assert average["weight"].item() == pytest.approx(1.0, abs=1e-6)
 
 
 LABELLED = replace(SPEC, label_noise_multiplier=4.0)
