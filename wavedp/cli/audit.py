@@ -48,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import_extra("scipy", "account")
     if arguments.plot is not None:
         _check_plot(arguments.plot)
     device = shared.prepare_device(arguments)
