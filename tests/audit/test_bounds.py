@@ -105,11 +105,11 @@ def test_a_noise_bound_is_the_accountants_at_the_measured_limits() -> None:
     generator = np.random.default_rng(1)
     members = np.arange(400) < 200
     took_part = np.where(members, generator.binomial(10, 0.3, 400), 0)
-    scores = took_part + generator.normal(scale=2.0, size=400)
+    scores = took_part + generator.normal(scale=5.0, size=400)
     found = noise_bound(scores, took_part, members, steps=10, delta=1e-5, confidence=0.95)
     rate, noise = found.measured["sample_rate_at_least"], found.measured["noise_multiplier_at_most"]
     assert 0.25 < rate < took_part[members].mean() / 10
-    assert 2.0 / math.sqrt(10) < noise < 0.8
+    assert 5.0 / math.sqrt(10) < noise < 2.1
     assert found.epsilon == epsilon_bounds(sample_rate=rate, noise_multiplier=noise, steps=10, delta=1e-5)[0]
     assert noise_bound(-scores, took_part, members, steps=10, delta=1e-5, confidence=0.95).epsilon == 0.0
 

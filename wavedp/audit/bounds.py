@@ -116,7 +116,7 @@ def noise_limits(
     steps = check_integer("steps", steps, at_least=1)
     share = 0.0 if full_batches else RATE_SHARE * (1.0 - confidence)
     joined, trials = int(participations[members].sum()), int(members.sum()) * steps
-    rate = joined / trials if full_batches else binomial_lower(joined, trials, 1.0 - share)
+    rate = joined / max(trials, 1) if full_batches else binomial_lower(joined, trials, 1.0 - share)
     signal = signal_lower(scores, participations, confidence + share)
     return (1.0 / (signal * math.sqrt(steps)) if signal > 0.0 else math.inf), rate
 

@@ -47,13 +47,16 @@ def _bounds(axes: Any, report: AuditReport) -> None:
     color = _CLAIM if report.violation else _OUT
     bars = axes.barh(names, values, color=color, alpha=0.75, height=0.55)
     axes.bar_label(bars, [f"{value:.2f}" for value in values], label_type="center")
-    axes.axvline(report.claimed, color=_CLAIM, linewidth=1.6, label=f"claimed: at most {report.claimed:.3g}")
+    right = 1.18 * max(report.claimed, *values)
+    axes.axvline(report.claimed, color=_CLAIM, linewidth=1.6)
+    side = "right" if report.claimed > 0.5 * right else "left"
+    claim = f"  claimed: at most {report.claimed:.3g}  "
+    axes.text(report.claimed, 0.5, claim, color=_CLAIM, fontsize=9, ha=side, va="center")  # between two bars
     axes.set(
         xlabel=f"epsilon at delta = {report.delta:g}",
-        xlim=(0.0, 1.18 * max(report.claimed, *values)),
+        xlim=(0.0, right),
         title=f"lower bounds, together {100 * report.confidence:g} %" + (": VIOLATION" if report.violation else ""),
     )
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(loc="center right", framealpha=0.9, edgecolor="none", fontsize=8)
