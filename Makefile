@@ -37,7 +37,8 @@ types: $(VENV)/dev.stamp ## mypy --strict on an installed copy, where kernels/ i
 bench: $(VENV)/dev.stamp ## time every op beside its rivals: benchmarks/results, and the tables of the pages
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/plot.py benchmarks/results/*.csv
-	$(BIN)/python benchmarks/table.py --write README.md --write docs/private_training.md benchmarks/results/*.csv
+	$(BIN)/python benchmarks/table.py --write README.md --write docs/private_training.md \
+		--write docs/noise.md benchmarks/results/*.csv
 	$(BIN)/pytest benchmarks --benchmark-enable
 
 clean: ## remove the environment, the build and the caches; runs/ stays

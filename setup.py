@@ -35,6 +35,7 @@ CUDA_ARCHS = ("80", "90", "100")
 SHARED = "-pthread " + ("-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared")
 CPU, CUDA = "wavedp._csrc", "wavedp._csrc_cuda"
 BINDINGS = ["csrc/bindings.cpp", "csrc/bindings_noise.cpp", "csrc/bindings_per_sample.cpp"]
+CUDA_BINDINGS = ["csrc/bindings_cuda.cpp", "csrc/bindings_cuda_noise.cpp"]
 DISPATCH = ["csrc/cpu/dispatch.cpp", "csrc/cpu/dispatch_per_sample.cpp", "csrc/cpu/team.cpp"]
 # Compiled for each instruction set. All implementations of the transforms give the same bits, so nothing may turn a
 # product and a sum of theirs into one operation; norms are made of such operations.
@@ -49,9 +50,11 @@ KERNELS = {
 SOURCES = {
     CPU: [*BINDINGS, *DISPATCH, *KERNELS],
     CUDA: [
-        "csrc/bindings_cuda.cpp",
+        *CUDA_BINDINGS,
         "csrc/cuda/analysis.cu",
         "csrc/cuda/analysis_general.cu",
+        "csrc/cuda/noise.cu",
+        "csrc/cuda/noise_step.cu",
         "csrc/cuda/synthesis.cu",
     ],
 }
@@ -137,13 +140,14 @@ def cuda_rules() -> str:
     compiler, nvcc = find_compiler(), find_nvcc()
     host = f"-ccbin {compiler}" if len(shlex.split(compiler)) == 1 else ""
     linker = f"{shlex.quote(nvcc)} {host} -shared -cudart static -Xlinker=--exclude-libs,ALL"
-    bindings, *kernels = SOURCES[CUDA]
     steps = [f"cxx = {compiler}\nnvcc = {shlex.quote(nvcc)}\nlinker = {linker}\n"]
-    steps += [compile_step("bindings.o", "cxx", bindings, binding_flags())]
-    objects, flags = ["bindings.o"], f"{NVCC_FLAGS} {host} {gencode(nvcc)}"
-    for kernel in kernels:
-        objects += [f"{Path(kernel).stem}.o"]
-        steps += [compile_step(objects[-1], "nvcc", kernel, flags)]
+    objects, flags = [], f"{NVCC_FLAGS} {host} {gencode(nvcc)}"
+    for source in SOURCES[CUDA]:
+        binding = source in CUDA_BINDINGS
+        objects += [f"{Path(source).stem}.o"]
+        steps += [
+            compile_step(objects[-1], "cxx" if binding else "nvcc", source, binding_flags() if binding else flags)
+        ]
     return "".join([*steps, f"build module.so: link {' '.join(objects)}\n"])
 
 

@@ -38,6 +38,16 @@ LOOKS = {
     "index_add, B x P gradients": ("#8c510a", "^"),
     "one-hot": ("#d8b365", "P"),
     "scale, then mm": ("#67a9cf", "v"),
+    "wavedp, std=0": ("#f7a6d0", "o"),
+    "wavedp, strict": ("#762a83", "<"),
+    "wavedp, with an average": ("#d6007a", ">"),
+    "plain torch": ("#2166ac", "s"),
+    "torch.randn, out=": ("#67a9cf", "v"),
+    "torch.compile of randn": ("#2166ac", "s"),
+    "NumPy": ("#d8b365", "P"),
+    "Opacus": ("#8c510a", "^"),
+    "Opacus, fused": ("#01665e", "*"),
+    "Opacus secure mode": ("#8c510a", "^"),
 }
 OTHER = ("#5ab4ac", "*")
 FLOORS = {
@@ -47,6 +57,9 @@ FLOORS = {
     "torch.mul": "torch.mul(x, x) for the small image",
     "mm": "the product alone",
     "non-private": "the step without privacy",
+    "Tensor.normal_": "Tensor.normal_",
+    "AdamW, no noise": "torch's fused AdamW without noise",
+    "SGD, no noise": "torch's fused SGD without noise",
 }
 
 

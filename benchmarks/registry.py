@@ -39,6 +39,7 @@ class Timed:
     call: Thunk
     floor: str  # what it is compared with; a floor names itself
     bytes: int | None = None  # read and written by one call; None: not what bounds it
+    passes: int | None = None  # over all elements, where providers differ in it
     peak_bytes: int | None = None  # memory at its peak, above what was there before the first call
     booked_bytes: int | None = None  # output gradients of the layers, which book-keeping keeps
 

@@ -14,6 +14,9 @@ HEADINGS = {
     "sum": "less comes out than goes in; the floor is sum() of as many bytes as the input has",
     "torch.mul": "one small image x; the floor is torch.mul(x, x)",
     "mm": "fresh results; the floor is the product alone",
+    "Tensor.normal_": "normals into an existing tensor; the floor is Tensor.normal_",
+    "AdamW, no noise": "steps from clipped sums; the floor is torch's fused step without noise",
+    "SGD, no noise": "steps from clipped sums; the floor is torch's fused step without noise",
     "non-private": "training steps; the floor is the step without clipping and noise",
 }
 Row = Mapping[str, str]
@@ -23,13 +26,14 @@ def block(rows: Sequence[Row], stream: TextIO) -> Iterator[str]:
     """The lines for one case and input: each floor, then those that are compared with it."""
     if not rows:
         return
+    own = any(row.get("passes") for row in rows)  # each moves bytes of its own
     last = rows[-1]  # a provider, whose bytes are the operation's; those of a floor may be fewer
-    moved = f", {human_bytes(int(last['bytes']))} to move" if last["bytes"] else ""
+    moved = f", {human_bytes(int(last['bytes']))} to move" if last["bytes"] and not own else ""
     booked = f", {human_bytes(int(last['booked_bytes']))} of output gradients" if last.get("booked_bytes") else ""
     yield f"\n{last['case']}   {last['shape']} {last['dtype']}{moved}{booked}"
     for floor in dict.fromkeys(row["floor"] for row in rows):
         here = [row for row in rows if row["floor"] == floor]
-        heading, cost = COSTS.get(floor, ("GB/s", rate))
+        heading, cost = ("passes      moved", passes_and_bytes) if own else COSTS.get(floor, ("GB/s", rate))
         width = max(9, len(heading))
         yield f"  {HEADINGS[floor]}"
         yield (
@@ -58,6 +62,11 @@ def over_floor(row: Row, floor: Row) -> str:
 def times_as_long_and_memory(row: Row, floor: Row) -> str:
     peak = human_bytes(int(row["peak_bytes"])) if row["peak_bytes"] else "-"
     return f"{1 / float(row['floor_ratio']):.2f} {peak:>10}"
+
+
+def passes_and_bytes(row: Row, floor: Row) -> str:
+    moved = human_bytes(int(row["bytes"])) if row["bytes"] else "-"
+    return f"{row['passes'] or '-':>6} {moved:>10}"
 
 
 # floor: what stands beside the times, its heading and its value

@@ -147,6 +147,7 @@ def run_size(
             "dtype": dtype,
             "shape": shape,
             "bytes": filled(timed.bytes),
+            "passes": filled(timed.passes),
             "repeats": repeats,
             "calls": timing.calls,
             "median_ms": f"{timing.median * 1e3:.4g}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +16,11 @@ from wavedp.benchmarks.report import short
 
 Row = dict[str, str]
 BEGIN, END = "<!-- benchmarks: made by benchmarks/table.py -->", "<!-- end of benchmarks -->"
-BEGINNINGS = {"wavelet": BEGIN, "dp": "<!-- benchmarks dp: made by benchmarks/table.py -->"}  # by suite
+BEGINNINGS = {  # by suite
+    "wavelet": BEGIN,
+    "dp": "<!-- benchmarks dp: made by benchmarks/table.py -->",
+    "noise": "<!-- benchmarks noise: made by benchmarks/table.py -->",
+}
 UNMEASURED = "Nothing is measured yet: `make bench` fills this in."
 COMPILED, CONVOLUTION = "torch.compile", "F.conv2d"
 OURS, OURS_OUT = "wavedp", "wavedp, out="
@@ -30,6 +35,11 @@ STEP_LEGEND = (
     "and memory at the peak above the idle process. The last column is what book-keeping holds: the gradients of the "
     "layers' outputs. Functions: milliseconds, and as in the README's table the rate relative to the floor, or how "
     "many times longer than `wavedp`."
+)
+
+NOISE_LEGEND = (
+    "Medians. Passes are sweeps over all elements, MB what they read and write, by formula; the last column is how "
+    "many times as long as the case's first line it takes, the median of the ratios within a repeat."
 )
 
 
@@ -224,6 +234,36 @@ def function_cell(row: Row | None) -> str:
     return f"**{row['median_ms']}** ({short(float(row['floor_ratio']))})" if row else ""
 
 
+def noise_markdown(rows: Sequence[Row]) -> str:
+    """For each device a table with a line for each provider."""
+    if not rows:
+        return UNMEASURED
+    lines = [NOISE_LEGEND]
+    for device, threads in distinct(rows, "device", "threads"):
+        here = [row for row in rows if (row["device"], row["threads"]) == (device, threads)]
+        lines += ["", f"**{device}**, {about(here)}:", ""]
+        lines += ["| case | provider | passes | MB | ms | ns an element | times as long |", "|---" * 7 + "|"]
+        for case, shape, dtype in distinct(here, "case", "shape", "dtype"):
+            first = f"`{case}` {shape} {dtype}"
+            for row in (row for row in here if (row["case"], row["shape"], row["dtype"]) == (case, shape, dtype)):
+                lines.append(f"| {' | '.join([first, *noise_cells(row)])} |")
+                first = ""
+    return "\n".join(lines)
+
+
+def noise_cells(row: Row) -> list[str]:
+    elements = math.prod(map(int, row["shape"].split("x")))
+    times = f"{1 / float(row['floor_ratio']):.2f}"
+    return [
+        f"**`{row['provider']}`**" if row["provider"].startswith(OURS) else f"`{row['provider']}`",
+        row["passes"],
+        f"{int(row['bytes']) / 1e6:.0f}" if row["bytes"] else "",
+        row["median_ms"],
+        f"{milliseconds(row) * 1e6 / elements:.2f}",
+        f"**{times}**" if row["provider"] == OURS else times,
+    ]
+
+
 def replaced(text: str, table: str, suite: str = "wavelet") -> str:
     """``text`` with what stands between the markers of ``suite`` replaced.
 
@@ -240,7 +280,7 @@ def replaced(text: str, table: str, suite: str = "wavelet") -> str:
 def tables(paths: Iterable[Path]) -> dict[str, str]:
     """Every suite's table, of those of the files that are its own, ``<suite>-<device>.csv``."""
     paths = list(paths)
-    makers = {"wavelet": markdown, "dp": private_markdown}
+    makers = {"wavelet": markdown, "dp": private_markdown, "noise": noise_markdown}
     return {
         suite: make(read(path for path in paths if path.name.partition("-")[0] == suite))
         for suite, make in makers.items()

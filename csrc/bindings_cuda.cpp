@@ -47,8 +47,10 @@ int wavelet_untokens(const Addresses& tokens, uintptr_t x, int dtype, int64_t ba
 
 }  // namespace
 
+void bind_noise(py::module_& m);  // bindings_cuda_noise.cpp
+
 PYBIND11_MODULE(_csrc_cuda, m, py::mod_gil_not_used()) {
-  m.doc() = "The 2-D Haar transform on CUDA memory; see csrc/wavelet.h.";
+  m.doc() = "The 2-D Haar transform and ChaCha20 noise on CUDA memory; see csrc/wavelet.h and csrc/noise.h.";
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("wavedec2", &wavedec2, "x_ptr"_a, "dtype"_a, "gain"_a, "bias"_a, "planes"_a, "bands"_a,
         "band_dtype"_a, "edge"_a, "levels"_a, "factor"_a, "stream"_a, unlocked);
@@ -60,5 +62,6 @@ PYBIND11_MODULE(_csrc_cuda, m, py::mod_gil_not_used()) {
   m.def("wavelet_untokens", &wavelet_untokens, "tokens"_a, "x_ptr"_a, "dtype"_a, "batch"_a, "channels"_a,
         "height"_a, "width"_a, "levels"_a, "factor"_a, "grid_h"_a, "grid_w"_a, "shift_ptr"_a, "scale_ptr"_a,
         "stream"_a, unlocked);
+  bind_noise(m);
   m.def("error_string", &wavedp::cuda_error_string, "code"_a);
 }

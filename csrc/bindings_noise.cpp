@@ -3,142 +3,38 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <array>
-#include <cmath>
-#include <cstring>
-#include <tuple>
-#include <vector>
-
-#include "arguments.h"
-#include "noise.h"
+#include "noise_arguments.h"
 
 namespace py = pybind11;
 using namespace py::literals;
 using std::uintptr_t;
-using wavedp::DType;
 
 namespace {
-
-constexpr int64_t kMostElements = int64_t(1) << 58;
-
-const unsigned char* checked_key(uintptr_t key) {
-  return static_cast<const unsigned char*>(wavedp::checked_address("key_ptr", key, 32));
-}
-
-void check_positive(const char* name, double value) {
-  if (!(value > 0) || !std::isfinite(value)) {
-    throw std::invalid_argument(std::string(name) + " must be positive and finite");
-  }
-}
-
-void check_grid(double grid, double std, bool strict) {
-  if (grid != 0 || (strict && std != 0)) check_positive("grid", grid);
-}
-
-// The last block's number must fit in 64 bits.
-wavedp::NoiseStream checked_stream(uintptr_t key, uint32_t step, uint64_t offset, int64_t elements) {
-  if (offset > UINT64_MAX - static_cast<uint64_t>(elements)) {
-    throw std::invalid_argument("offset and the number of elements do not fit in 64 bits together");
-  }
-  return {checked_key(key), step, offset};
-}
 
 void chacha20_words(uintptr_t key, uint64_t counter, const std::vector<uint32_t>& nonce, int rounds,
                     uintptr_t words, int64_t count, int threads) {
   wavedp::check_range("threads", threads, 1, INT32_MAX);
-  wavedp::check_range("count", count, 0, kMostElements);
-  wavedp::check_range("the number of words of the nonce", static_cast<int64_t>(nonce.size()), 2, 3);
-  if (rounds != 8 && rounds != 12 && rounds != 20) throw std::invalid_argument("rounds must be 8, 12 or 20");
-  wavedp::ChachaWords job{};
-  job.key = checked_key(key);
-  job.counter = counter;
-  job.nonce_words = static_cast<int>(nonce.size());
-  std::copy(nonce.begin(), nonce.end(), job.nonce);
-  job.rounds = rounds;
-  job.words = static_cast<uint32_t*>(wavedp::checked_address("words_ptr", words, count));
-  job.count = count;
-  wavedp::chacha20_words_cpu(job, threads);
+  wavedp::chacha20_words_cpu(wavedp::chacha20_words_job(key, counter, nonce, rounds, words, count), threads);
 }
 
 void noisy_mean(uintptr_t key, uint32_t step, uint64_t offset, uintptr_t total, int total_dtype,
                 uintptr_t out, int out_dtype, int kind, double std, double grid, double divisor,
                 int64_t count, int threads) {
   wavedp::check_range("threads", threads, 1, INT32_MAX);
-  wavedp::check_range("count", count, 0, kMostElements);
-  check_positive("divisor", divisor);
-  if (std != 0) check_positive("std", std);
-  wavedp::check_range("kind", kind, 0, 2);
-  check_grid(grid, std, kind == static_cast<int>(wavedp::NormalKind::kStrict));
-  wavedp::NoisyMean job{};
-  job.stream = checked_stream(key, step, offset, count);
-  job.total = reinterpret_cast<const void*>(total);
-  job.total_dtype = wavedp::checked_dtype("total_dtype", total_dtype, DType::kFloat64);
-  job.out = wavedp::checked_address("out_ptr", out, count);
-  job.out_dtype = wavedp::checked_dtype("out_dtype", out_dtype, DType::kFloat16);
-  job.kind = static_cast<wavedp::NormalKind>(kind);
-  job.std = std;
-  job.grid = grid;
-  job.divisor = divisor;
-  job.count = count;
-  wavedp::noisy_mean_cpu(job, threads);
+  wavedp::noisy_mean_cpu(wavedp::noisy_mean_job(key, step, offset, total, total_dtype, out, out_dtype, kind,
+                                                std, grid, divisor, count),
+                         threads);
 }
 
-// Of every parameter: addresses of parameter, sum, the three moments, average and master.
-using StepAddresses = std::array<uintptr_t, 7>;
-// Of every parameter: dtype, its sum's dtype, and whether it is rounded at random.
-using StepKinds = std::tuple<int, int, bool>;
-
 void noise_step(uintptr_t key, uint32_t step, uint64_t offset, int rule, bool wide, bool strict, double std,
-                double grid, double divisor, const std::vector<StepAddresses>& addresses,
-                const std::vector<int64_t>& sizes, const std::vector<StepKinds>& kinds,
+                double grid, double divisor, const std::vector<wavedp::StepAddresses>& addresses,
+                const std::vector<int64_t>& sizes, const std::vector<wavedp::StepKinds>& kinds,
                 const std::vector<std::array<double, wavedp::kStepConstants>>& constants, int threads) {
   wavedp::check_range("threads", threads, 1, INT32_MAX);
-  wavedp::check_range("rule", rule, 0, 1);
-  check_positive("divisor", divisor);
-  if (std != 0) check_positive("std", std);
-  check_grid(grid, std, strict);
-  const std::size_t count = addresses.size();
-  if (sizes.size() != count || kinds.size() != count || constants.size() != count) {
-    throw std::invalid_argument("addresses, sizes, kinds and constants must be equally many");
-  }
-  std::vector<wavedp::StepTensor> tensors(count);
-  std::vector<int64_t> starts(count + 1, 0);
-  for (std::size_t t = 0; t < count; ++t) {
-    wavedp::check_range("a size", sizes[t], 0, kMostElements);
-    starts[t + 1] = starts[t] + sizes[t];
-    wavedp::check_range("the number of elements", starts[t + 1], 0, kMostElements);
-    wavedp::StepTensor& tensor = tensors[t];
-    const bool adam = rule == static_cast<int>(wavedp::StepRule::kAdam);
-    tensor.param = wavedp::checked_address("a parameter", addresses[t][0], sizes[t]);
-    tensor.dtype = wavedp::checked_dtype("a parameter's dtype", std::get<0>(kinds[t]), DType::kFloat16);
-    tensor.total = reinterpret_cast<const void*>(addresses[t][1]);
-    tensor.total_dtype = wavedp::checked_dtype("a sum's dtype", std::get<1>(kinds[t]), DType::kFloat64);
-    tensor.first = wavedp::checked_address("a first moment", addresses[t][2], adam ? sizes[t] : 0);
-    tensor.second = wavedp::checked_address("a second moment", addresses[t][3], adam ? sizes[t] : 0);
-    tensor.largest = reinterpret_cast<void*>(addresses[t][4]);
-    tensor.average = reinterpret_cast<void*>(addresses[t][5]);
-    tensor.master = reinterpret_cast<float*>(addresses[t][6]);
-    tensor.stochastic = std::get<2>(kinds[t]);
-    const bool half = tensor.dtype == DType::kBFloat16 || tensor.dtype == DType::kFloat16;
-    if (tensor.master && !half) throw std::invalid_argument("a master is that of a parameter of 16 bits");
-    if (tensor.stochastic && (tensor.dtype != DType::kBFloat16 || tensor.master)) {
-      throw std::invalid_argument("a parameter that is rounded at random is of bfloat16, without a master");
-    }
-    static_assert(sizeof tensor.constants == sizeof constants[t]);
-    std::memcpy(&tensor.constants, constants[t].data(), sizeof tensor.constants);
-  }
-  wavedp::NoiseStep job{};
-  job.stream = checked_stream(key, step, offset, starts[count]);
-  job.rule = static_cast<wavedp::StepRule>(rule);
-  job.wide = wide;
-  job.strict = strict;
-  job.std = std;
-  job.grid = grid;
-  job.divisor = divisor;
-  job.tensors = tensors.data();
-  job.starts = starts.data();
-  job.count = static_cast<int64_t>(count);
+  const wavedp::StepTensors of(rule, addresses, sizes, kinds, constants);
+  wavedp::NoiseStep job =
+      wavedp::noise_step_job(key, step, offset, rule, wide, strict, std, grid, divisor, of.starts.back());
+  wavedp::set_tensors(job, of);
   wavedp::noise_step_cpu(job, threads);
 }
 

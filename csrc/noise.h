@@ -118,4 +118,15 @@ void chacha20_words_cpu(const ChachaWords& job, int threads);
 void noisy_mean_cpu(const NoisyMean& job, int threads);
 void noise_step_cpu(const NoiseStep& job, int threads);
 
+// Launch on a cudaStream_t and return at once with the launch's cudaError_t. Keys and tensors are in device
+// memory.
+int chacha20_words_cuda(const ChachaWords& job, void* stream);
+int noisy_mean_cuda(const NoisyMean& job, void* stream);
+// A step reads its tensors and starts from a table in device memory. noise_step_table writes it to the
+// host's, from those of the job alone, and returns their form. noise_step_cuda reads what else the job has;
+// `elements` is starts[count].
+int64_t noise_step_table_bytes(bool wide, int64_t tensors);
+int noise_step_table(const NoiseStep& job, void* table);
+int noise_step_cuda(const NoiseStep& job, const void* table, int64_t elements, int form, void* stream);
+
 }  // namespace wavedp

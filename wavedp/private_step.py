@@ -105,7 +105,7 @@ class PrivateStep(torch.optim.Optimizer):
         if self._holds_averages:
             raise RuntimeError(f"averaged() of {type(self).__name__} was entered twice")
         params = [p for group in self.param_groups if group["ema_decay"] is not None for p in group["params"]]
-        if not params or not all("average" in self.state[param] for param in params):
+        if not params or not all("average" in self.state.get(param, {}) for param in params):
             raise RuntimeError(f"{type(self).__name__} has no averages: give it ema_decay, and make a step first")
         before = [param.detach().clone() for param in params]
         self._holds_averages = True

@@ -19,6 +19,24 @@ constexpr int64_t kBiasRows = 32;
 
 inline int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
+// Asks for the memory of the next record bit by bit while there is work on this one.
+class Ahead {
+ public:
+  Ahead(const void* start, int64_t bytes, int64_t times)
+      : next_(static_cast<const char*>(start)),
+        end_(start ? next_ + bytes : next_),
+        each_(rounded_up(bytes / times, kLineBytes)) {}
+
+  void ask() {
+    const char* end = end_ - next_ < each_ ? end_ : next_ + each_;
+    for (; next_ < end; next_ += kLineBytes) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  const char *next_, *end_;
+  int64_t each_;
+};
+
 template <class Real>
 class LinearNormsOfRecords {
  public:
@@ -27,6 +45,8 @@ class LinearNormsOfRecords {
         parts_(parts),
         slices_(slice_count(job)),
         gram_(costs_less_as_gram(job)),
+        in_place_(gram_ && slices_ == 1 && job.a.tokens <= kBlockTokens && can_stay(job.a) &&
+                  can_stay(job.g)),
         tokens_(job.a.tokens),
         sizes_(4 * Scratch<double>::room(tokens_)),
         lengths_{sizes_.take(tokens_), sizes_.take(tokens_)},
@@ -50,6 +70,7 @@ class LinearNormsOfRecords {
   void run(int64_t unit) {
     record_ = unit / slices_;
     slice_ = unit % slices_;
+    if (in_place_ && gram_in_place()) return;
     for (int side = 0; side < 2; ++side) measure(side);
     if (slice_ == 0 && job_.bias) add_up_bias();
     double bound = 0;
@@ -79,6 +100,18 @@ class LinearNormsOfRecords {
 
   const Sequences& sequences(int side) const { return side == 0 ? job_.a : job_.g; }
 
+  // Whether rows can be multiplied where they are: whole vectors of the type of the arithmetic, and not all
+  // on the same sets of the cache.
+  static bool can_stay(const Sequences& s) {
+    const bool spread = s.tokens <= 4 * kDotRows || s.stride_token * sizeof(Real) % 2048 != 0;
+    return s.dtype == kNative<Real> && s.width % kLanes<Real> == 0 && spread;
+  }
+
+  const Real* rows_in_place(int side) const {
+    const Sequences& s = sequences(side);
+    return static_cast<const Real*>(s.x) + record_ * s.stride_batch;
+  }
+
   // Of rows of a block: staggered, so that they do not all fall on the same sets of the cache.
   int64_t stride() const {
     const int64_t chunk = widest_ < kChunk ? rounded_up(widest_, kLanes<Real>) : kChunk;
@@ -105,6 +138,7 @@ class LinearNormsOfRecords {
 
   void add_up_bias() {
     const int64_t p = job_.g.width;
+    if (in_place_ && tokens_ <= kBiasRows) return add_up_bias_in_place();
     for (int64_t c = 0; c < p; ++c) bias_total_[c] = 0;
     for (int64_t first = 0; first < tokens_; first += kBiasRows) {
       const int64_t end = first + kBiasRows < tokens_ ? first + kBiasRows : tokens_;
@@ -114,6 +148,27 @@ class LinearNormsOfRecords {
     }
     Real* bias = static_cast<Real*>(job_.bias) + record_ * p;
     for (int64_t c = 0; c < p; ++c) bias[c] = static_cast<Real>(bias_total_[c]);
+  }
+
+  void add_up_bias_in_place() {
+    using V = Lane<Real>;
+    constexpr int64_t n = kLanes<Real>;
+    const Real* rows = rows_in_place(1);
+    const int64_t p = job_.g.width, stride = job_.g.stride_token;
+    Real* bias = static_cast<Real*>(job_.bias) + record_ * p;
+    int64_t c = 0;
+    for (; c + 4 * n <= p; c += 4 * n) {
+      V sums[4] = {};
+      for (int64_t t = 0; t < tokens_; ++t) {
+        for (int u = 0; u < 4; ++u) sums[u] += load<V>(rows + t * stride + c + u * n);
+      }
+      for (int u = 0; u < 4; ++u) store(bias + c + u * n, sums[u]);
+    }
+    for (; c < p; c += n) {
+      V sum{};
+      for (int64_t t = 0; t < tokens_; ++t) sum += load<V>(rows + t * stride + c);
+      store(bias + c, sum);
+    }
   }
 
   // Whether the token has a part in the result, and the power of two that its row is multiplied by: a_t is
@@ -207,6 +262,87 @@ class LinearNormsOfRecords {
     return sum + 2 * dot_in_double(dots_[0] + first, dots_[1] + first, count);
   }
 
+  // gram() of rows as they are, with the bound from the diagonal, and the bias: few short rows are read once.
+  // False where a row is so large or small that it has to be scaled, or not finite; nothing is written then.
+  bool gram_in_place() {
+    double bound = 0;
+    for (int side = 0; side < 2; ++side) dot_products_in_place(side);
+    for (int64_t t = 0; t < tokens_; ++t) {
+      const int64_t k = place_of(t, t);
+      if (!is_ordinary(0, t, dots_[0][k]) || !is_ordinary(1, t, dots_[1][k])) return false;
+      bound += sqrt(static_cast<double>(dots_[0][k]) * static_cast<double>(dots_[1][k]));
+    }
+    double* parts = parts_ + record_ * part_count(job_);
+    const int64_t count = part_count(job_);
+    parts[0] = tokens_ == 1 ? bound * bound : sum_of_products();
+    for (int64_t k = 1; k < count; ++k) parts[k] = 0;
+    job_.bound[record_] = bound;
+    if (job_.bias) add_up_bias();
+    return true;
+  }
+
+  static int64_t place_of(int64_t t, int64_t s) {
+    return t / kDotRows * kDotRows * kBlockTokens + s / kDotCols * kDotTile + t % kDotRows * kDotCols +
+           s % kDotCols;
+  }
+
+  // Squared lengths between which no product that counts overflows or vanishes, and rows of zeros.
+  bool is_ordinary(int side, int64_t t, Real squared) {
+    constexpr int kPower = sizeof(Real) == 8 ? 400 : 60;
+    if (squared >= power_of_two(-kPower) && squared <= power_of_two(kPower)) return true;
+    if (squared != 0) return false;
+    const Sequences& s = sequences(side);
+    return row_size(rows_in_place(side) + t * s.stride_token, s.width).power == RowSize::kZero;
+  }
+
+  void dot_products_in_place(int side) {
+    const Sequences& s = sequences(side);
+    const Real* rows = rows_in_place(side);
+    Real* dots = dots_[side];
+    const int64_t across = rounded_up(tokens_, kDotRows) / kDotRows;
+    const int64_t tiles = across * (across + 1) / 2 * (kDotRows / kDotCols);
+    Ahead next(record_ + 1 < s.batch ? rows + s.stride_batch : nullptr, tokens_ * s.width * sizeof(Real),
+               tiles);
+    for (int64_t first = 0; first < s.width; first += kChunk) {
+      const int64_t count = s.width - first < kChunk ? s.width - first : kChunk;
+      for (int64_t i = 0; i < tokens_; i += kDotRows) {
+        const Real *x[kDotRows], *y[kDotCols];
+        for (int64_t r = 0; r < kDotRows; ++r) x[r] = rows + clamped(i + r) * s.stride_token + first;
+        for (int64_t j = i; j < tokens_; j += kDotCols) {
+          for (int64_t c = 0; c < kDotCols; ++c) y[c] = rows + clamped(j + c) * s.stride_token + first;
+          Real* tile = dots + i * kBlockTokens + j * kDotRows;
+          first == 0 ? dot_tile<false>(x, y, count, tile) : dot_tile<true>(x, y, count, tile);
+          next.ask();
+        }
+      }
+    }
+    if (tokens_ % kDotRows == 0) return;
+    // What rows beyond the last gave, which were taken from it.
+    for (int64_t t = 0; t < rounded_up(tokens_, kDotRows); ++t) {
+      const int64_t begin = t / kDotRows * kDotRows, end = rounded_up(tokens_, kDotCols);
+      for (int64_t u = begin; u < end; ++u) {
+        if (t >= tokens_ || u >= tokens_) dots[place_of(t, u)] = 0;
+      }
+    }
+  }
+
+  int64_t clamped(int64_t t) const { return t < tokens_ ? t : tokens_ - 1; }
+
+  // Tiles on the diagonal have both halves, the others stand for those below it too.
+  double sum_of_products() const {
+    constexpr int64_t n = kLanes<double>;
+    static_assert(kDotRows * kDotRows % n == 0 && kDotTile % n == 0);
+    Doubles once{}, twice{};
+    for (int64_t i = 0; i < tokens_; i += kDotRows) {
+      const int64_t first = i * kBlockTokens, end = first + rounded_up(tokens_, kDotCols) * kDotRows;
+      int64_t k = first + i * kDotRows;
+      const int64_t square = k + kDotRows * kDotRows < end ? k + kDotRows * kDotRows : end;
+      for (; k < square; k += n) once += load_doubles(dots_[0] + k) * load_doubles(dots_[1] + k);
+      for (; k < end; k += n) twice += load_doubles(dots_[0] + k) * load_doubles(dots_[1] + k);
+    }
+    return lane_sum(once) + 2 * lane_sum(twice);
+  }
+
   // The sum of squares of sum_t g_t a_t^T, by tiles with the narrower side down.
   void products(double* parts) {
     const int down = job_.a.width < job_.g.width ? 0 : 1, across = 1 - down;
@@ -257,7 +393,7 @@ class LinearNormsOfRecords {
   const LinearNorms& job_;
   double* const parts_;
   const int64_t slices_;
-  const bool gram_;
+  const bool gram_, in_place_;
   const int64_t tokens_;
   Scratch<double> sizes_;
   double* const lengths_[2];

@@ -29,19 +29,19 @@ inline void sum_lanes(V* v) {
   }
 }
 
-// tile[i * kDotCols + j] (+)= x_i . y_j over `count` entries, whole vectors of them. Rows are `stride` apart.
+// tile[i * kDotCols + j] (+)= x[i] . y[j] over `count` entries, whole vectors of them.
 template <bool kAdd, class Real>
-inline void dot_tile(const Real* x, const Real* y, int64_t stride, int64_t count, Real* tile) {
+inline void dot_tile(const Real* const* x, const Real* const* y, int64_t count, Real* tile) {
   using V = Lane<Real>;
   constexpr int n = static_cast<int>(kLanes<Real>);
   V sums[kDotTile] = {};
   for (int64_t k = 0; k < count; k += n) {
     V row[kDotRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kDotRows; ++i) row[i] = load<V>(x + i * stride + k);
+    for (int i = 0; i < kDotRows; ++i) row[i] = load<V>(x[i] + k);
 #pragma GCC unroll 4
     for (int j = 0; j < kDotCols; ++j) {
-      const V column = load<V>(y + j * stride + k);
+      const V column = load<V>(y[j] + k);
 #pragma GCC unroll 4
       for (int i = 0; i < kDotRows; ++i) sums[i * kDotCols + j] += row[i] * column;
     }
@@ -51,6 +51,15 @@ inline void dot_tile(const Real* x, const Real* y, int64_t stride, int64_t count
     sum_lanes<n>(sums + part);
     store(tile + part, kAdd ? load<V>(tile + part) + sums[part] : sums[part]);
   }
+}
+
+// The same of rows that are `stride` apart.
+template <bool kAdd, class Real>
+inline void dot_tile(const Real* x, const Real* y, int64_t stride, int64_t count, Real* tile) {
+  const Real *rows[kDotRows], *columns[kDotCols];
+  for (int i = 0; i < kDotRows; ++i) rows[i] = x + i * stride;
+  for (int j = 0; j < kDotCols; ++j) columns[j] = y + j * stride;
+  dot_tile<kAdd>(rows, columns, count, tile);
 }
 
 // tile[i][.] = sum_t x[t * width + i] * y[t * width + .] for kOuterRows entries of x and kOuterVectors

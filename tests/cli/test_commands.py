@@ -99,6 +99,32 @@ def test_samples_are_images_of_the_asked_classes(trained: Path, tmp_path: Path):
     assert loaded.classes == ("bright", "dark")
 
 
+def test_labels_are_drawn_from_the_charged_histogram(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    common = ["--data", pictures, "--tokenizer", trained / "tok", "--model", trained / "pre", "--out", tmp_path / "f"]
+    privacy = ["--epsilon", 8, "--delta", 1e-3, "--max-records", 200, "--sample-rate", 0.25, "--steps", 2]
+    privacy += ["--expected-batch-size", 16, "--label-noise", 3, "--noise-mode", "strict"]
+    privacy += ["--truncated-batch-size", 80]
+    assert run("finetune", *common, *privacy, "--trainable", "norm") == 0
+    statement = read_json(tmp_path / "f" / "privacy.json")
+    assert statement["epsilon"] <= 8
+    assert statement["noise_mode"].startswith("strict")
+    assert "Strict noise on 16 parameters" in statement["charged"][2]
+    counts = read_json(tmp_path / "f" / "label_histogram.json")["noised_counts"]
+    assert all(abs(count - 40) < 21 for count in counts)  # seven sigma
+    (tmp_path / "f" / "label_histogram.json").write_text('{"noised_counts": [300.0, -5.0]}')
+    sample = ["sample", "--tokenizer", trained / "tok", "--num-images", 6, "--labels", "histogram", "--sr", "haar"]
+    assert run(*sample, "--model", tmp_path / "f", "--out", tmp_path / "s") == 0
+    assert len(list((tmp_path / "s" / "images" / "bright").iterdir())) == 6
+    assert not list((tmp_path / "s" / "images").glob("dark/*"))
+    again = ["sample", "--pipeline", tmp_path / "s", "--labels", "histogram", "--num-images", 3]
+    assert run(*again, "--out", tmp_path / "again") == 0
+    assert len(list((tmp_path / "again" / "images" / "bright").iterdir())) == 3
+    assert run(*sample, "--model", trained / "fine", "--out", tmp_path / "none") == EXIT_ERROR
+    assert "'wavedp finetune --label-noise' releases one" in capsys.readouterr().err
+
+
 def test_sampling_options_reach_the_model(trained: Path, tmp_path: Path):
     def images(*options: object) -> list[bytes]:
         arguments = ["--tokenizer", trained / "tok", "--model", trained / "fine", "--labels", "dark", "--num-images", 6]

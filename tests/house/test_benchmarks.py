@@ -18,7 +18,7 @@ from wavedp.cli import main
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 COLUMNS = (
-    "case,provider,floor,device,threads,dtype,shape,bytes,repeats,calls,median_ms,q20_ms,q80_ms,gb_per_s,floor_ratio,"
+    "case,provider,floor,device,threads,dtype,shape,bytes,passes,repeats,calls,median_ms,q20_ms,q80_ms,gb_per_s,floor_ratio,"
     "peak_bytes,booked_bytes,"
     "python,torch,triton,ptwt,pytorch_wavelets,PyWavelets,opacus,fastDP,wavedp,commit,date"
 )
@@ -65,6 +65,11 @@ def test_a_quick_run_writes_a_row_for_each_provider(results: Results, suite: str
             continue
         rate = float(row["bytes"]) / float(row["median_ms"]) / 1e6
         assert float(row["gb_per_s"]) == pytest.approx(rate, rel=1e-2)
+        if suite == "noise":  # ratios are taken in each repeat here too
+            assert float(row["floor_ratio"]) > 0
+            assert int(row["passes"]) >= 1
+            continue
+        assert row["passes"] == ""
         ratio = float(floor["median_ms"]) / float(row["median_ms"])
         assert float(row["floor_ratio"]) == pytest.approx(ratio, rel=1e-2, abs=1e-3)
 
@@ -113,7 +118,7 @@ def test_the_command_prints_a_block_and_keeps_nothing(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["scattering"], "unknown suite scattering; there is wavelet, dp"),
+        (["scattering"], "unknown suite scattering; there is wavelet, dp, noise"),
         (["wavelet", "dwt3"], "unknown case dwt3; there are wavedec2-L1, wavedec2-L3"),
         (["--repeats", "0"], "--repeats must be at least 1, not 0"),
         (["--sample-ms", "nan"], "--sample-ms must be more than 0, not nan"),

@@ -27,8 +27,8 @@ ARROWS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"wavedp", "training", "pipeline", "functional", "benchmarks"} | PARTS,
     # measures what lies under functional too, and training steps of the pipeline's models
-    "benchmarks": {"wavedp", "functional", "ops", "reference", "kernels", "privacy", "models"},
-    "training": {"wavedp", "pipeline", "functional"} | PARTS,
+    "benchmarks": {"wavedp", "functional", "optim", "ops", "reference", "kernels", "privacy", "models"},
+    "training": {"wavedp", "pipeline", "functional", "optim"} | PARTS,
     "pipeline": {"models", "superres", "storage", "functional"},
     "data": {"storage", "extras", "functional"},
     "models": {"storage", "extras", "functional"},
@@ -65,7 +65,7 @@ LAZY = {
     "pywt": {"benchmarks"},
     "ptwt": {"benchmarks"},
     "pytorch_wavelets": {"benchmarks"},
-    "opacus": {"benchmarks"},
+    "opacus": {"benchmarks", "privacy"},  # privacy: its PRV accountant, for comparison
     "fastDP": {"benchmarks"},
     "sklearn": {"data", "training"},
     "HersheyFonts": {"data"},

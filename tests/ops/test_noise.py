@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,25 +21,6 @@ KEY = bytes(range(32))
 ULP = 5  # largest error of a float32 normal, in units in its last place; 4.7 was seen in 2e7 pairs
 DRAWS = 1_000_000
 SIGMAS = 5.4  # two-sided 6.7e-8
-
-
-@pytest.fixture(params=["reference", "baseline", "avx2", "avx512"])
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The definition, and the C++ library on each instruction set."""
-    name: str = request.param
-    if name == "reference":
-        with use_backend("reference"):
-            yield name
-        return
-    native = pytest.importorskip("wavedp._csrc", reason="needs the C++ library")
-    before = native.isa()
-    try:
-        native.set_isa(name)
-    except ValueError:
-        pytest.skip(f"needs a CPU with {name}")
-    with use_backend("native"):
-        yield name
-    native.set_isa(before)
 
 
 def hex_words(x: Tensor) -> str:

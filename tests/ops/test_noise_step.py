@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 import wavedp
-from wavedp.ops import use_backend
 from wavedp.optim import DPSGD, DPAdam, DPAdamW
 
 # One element, odd sizes, none, no axis, and more than a chunk of 640 numbers.
@@ -29,24 +27,6 @@ RULES = {
 }
 # In units of the largest parameter: a few roundings of the type that a step is computed in, 2^-24 or 2^-53 each.
 TOLERANCES = {torch.float32: 8 * 2.0**-24, torch.float64: 8 * 2.0**-53}
-
-
-@pytest.fixture(params=["reference", "baseline", "avx2", "avx512"])
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    name: str = request.param
-    if name == "reference":
-        with use_backend("reference"):
-            yield name
-        return
-    native = pytest.importorskip("wavedp._csrc", reason="needs the C++ library")
-    before = native.isa()
-    try:
-        native.set_isa(name)
-    except ValueError:
-        pytest.skip(f"needs a CPU with {name}")
-    with use_backend("native"):
-        yield name
-    native.set_isa(before)
 
 
 def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.nn.Parameter]:

@@ -11,7 +11,7 @@ import pytest
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
-from wavedp.privacy import accounting
+from wavedp.privacy import accounting, pld
 
 REFERENCE = {"sample_rate": 0.01, "noise_multiplier": 1.0, "steps": 1000, "delta": 1e-5}
 
@@ -20,7 +20,8 @@ def test_reference_point() -> None:
     assert accounting.epsilon(**REFERENCE) == pytest.approx(1.8282, abs=1e-4)
     assert accounting.epsilon_rdp(**REFERENCE) == pytest.approx(2.1014, abs=1e-4)
     # The proven lower bound on this point at the 1e-5 grid.
-    assert accounting._optimistic_epsilon(0.01, 1.0, 1000, 1e-5, 1e-5) == pytest.approx(1.8232, abs=1e-4)
+    reference = (accounting.Phase(1.0, 0.01, 1000),)
+    assert pld.lower_epsilon(reference, 1e-5, 1e-5) == pytest.approx(1.8232, abs=1e-4)
 
 
 def test_renyi_reference_point() -> None:
@@ -89,7 +90,7 @@ def test_monotone() -> None:
 
 
 def test_contradicting_accountants_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounting, "_rdp_epsilon", lambda *_: 0.5)
+    monkeypatch.setattr(pld, "rdp_epsilon", lambda *_: 0.5)
     with pytest.raises(RuntimeError, match="accountants disagree"):
         accounting.epsilon(sample_rate=0.02, noise_multiplier=0.987, steps=200, delta=1e-5)
 

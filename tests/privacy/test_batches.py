@@ -127,8 +127,9 @@ class EveryRecord(PoissonSampler):
         (lambda: PoissonSampler(101, 0.1, 20), ValueError, "dataset_size_bound"),
         (lambda: PoissonSampler(60, 0.1, 21), ValueError, "build it with steps=20"),
         (lambda: _used(PoissonSampler(60, 0.1, 20)), ValueError, "already drew 1"),
+        (lambda: PoissonSampler(60, 0.1, 20, truncated_batch_size=9), ValueError, "cuts batches to 9"),
     ],
-    ids=["subclass", "list", "rate", "records", "steps", "used"],
+    ids=["subclass", "list", "rate", "records", "steps", "used", "truncated"],
 )
 def test_samplers_that_do_not_fit(
     spec: MakeSpec, sampler: Callable[[], Any], error: type[Exception], message: str

@@ -157,3 +157,43 @@ def test_hooks_go_when_the_optimizer_is_closed(spec: MakeSpec) -> None:
     model = CodeBook()
     private_sgd(model, spec()).close()
     assert all(not module._load_state_dict_post_hooks for module in model.modules())
+
+
+class Tied(nn.Module):
+    """One parameter under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embedding(ids))
+        return logits.square().sum((1, 2))
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_every_name_of_a_tied_parameter_steps(spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    monkeypatch.setattr(contents, "INTERVAL", 2)
+    if large:
+        monkeypatch.setattr(contents, "EVERY_STEP_BYTES", 0)
+    model = Tied()
+    private = private_sgd(model, spec())
+    for _ in range(4):
+        private.backward(model(torch.randint(5, (4, 2))))
+        private.step()
+    model.head.weight.data[0, 0] += 1.0
+    with pytest.raises(RuntimeError, match=r"'embedding\.weight', 'head\.weight' of the model changed"):
+        private.step()
+
+
+def test_bits_are_compared(spec: MakeSpec) -> None:
+    """NaN that stays is no change, and the sign of a zero is one."""
+    model = CodeBook()
+    model.codes[0, 0], model.codes[0, 1] = float("nan"), 0.0
+    private = private_sgd(model, spec())
+    private.step()
+    model.codes.data[0, 1] = -0.0
+    with pytest.raises(RuntimeError, match="'codes' of the model changed"):
+        private.step()

@@ -135,3 +135,53 @@ def test_physical_batches() -> None:
     assert list(physical_batches(torch.arange(0), 3)) == []
     with pytest.raises(ValueError, match="size"):
         next(physical_batches(torch.arange(3), 0))
+
+
+def test_truncated_batches_are_never_larger() -> None:
+    sampler = PoissonSampler(200, 0.1, 400, truncated_batch_size=20)
+    sizes = [len(batch) for batch in sampler]
+    assert max(sizes) == 20
+    assert min(sizes) < 20  # 400 times at least 20 of 200 at 0.1 have a chance below 1e-90
+    assert sampler.truncated_batch_size == 20
+    assert len(next(iter(PoissonSampler(50, 1.0, 1, truncated_batch_size=7)))) == 7
+    assert len(next(iter(PoissonSampler(50, 1.0, 1, truncated_batch_size=50)))) == 50
+
+
+@pytest.mark.parametrize("rate", [0.9, 1.0])
+def test_who_stays_in_a_truncated_batch_is_uniform(rate: float) -> None:
+    """At most 1e-16 of the batches have less than 12 records, so each holds a uniform choice of 12 of 40."""
+    from scipy.stats import chi2
+
+    steps, records, most = 6000, 40, 12
+    alone, together = torch.zeros(records), torch.zeros(records, records)
+    for batch in PoissonSampler(records, rate, steps, truncated_batch_size=most):
+        assert torch.equal(batch, batch.unique())
+        assert len(batch) == most
+        alone[batch] += 1
+        together[batch[:, None], batch] += 1
+    share = most / records
+    statistic = ((alone - steps * share) ** 2).sum() / (steps * share * (1 - share)) * (records - 1) / records
+    assert chi2.sf(float(statistic), records - 1) > 1e-8
+    pairs = together[torch.triu(torch.ones(records, records), diagonal=1).bool()]
+    share *= (most - 1) / (records - 1)
+    # The largest of 780 deviations of counts that are binomial each: a false alarm below 780 * 2e-10.
+    assert (pairs - steps * share).abs().max() <= 6.4 * (steps * share * (1 - share)) ** 0.5
+
+
+def test_truncated_batches_may_be_empty_and_seeded() -> None:
+    assert [len(batch) for batch in PoissonSampler(100, 1e-9, 5, truncated_batch_size=3)] == [0] * 5
+    assert [len(batch) for batch in PoissonSampler(0, 0.5, 2, truncated_batch_size=3)] == [0] * 2
+
+    def draw(seed: int | None) -> list[int]:
+        return next(iter(PoissonSampler(1000, 0.5, 1, truncated_batch_size=9, insecure_seed=seed))).tolist()
+
+    assert draw(None) != draw(None)
+    assert draw(3) == draw(3) != draw(4)
+    assert PoissonSampler(2, 0.5, 1, truncated_batch_size=1, insecure_seed=3).insecure
+
+
+def test_truncation_comes_from_the_specification(spec: Callable[..., PrivacySpec]) -> None:
+    assert PoissonSampler.for_spec(spec(truncated_batch_size=4), 60).truncated_batch_size == 4
+    assert PoissonSampler.for_spec(spec(), 60).truncated_batch_size is None
+    with pytest.raises(ValueError, match="truncated_batch_size"):
+        PoissonSampler(10, 0.5, 1, truncated_batch_size=0)

@@ -177,3 +177,82 @@ def test_for_target_epsilon() -> None:
     assert made.epsilon() <= accounting.epsilon_rdp(
         sample_rate=0.05, noise_multiplier=made.noise_multiplier, steps=200, delta=1e-4
     )
+
+
+def test_what_was_written_before_later_fields_came_is_still_read(spec: MakeSpec) -> None:
+    made = spec()
+    written = made.to_dict()
+    assert set(written) == {
+        "sample_rate", "steps", "noise_multiplier", "max_grad_norm", "expected_batch_size", "delta",
+        "dataset_size_bound", "neighboring_relation", "unit", "clipping_rule",
+    }  # fmt: skip
+    assert PrivacySpec.from_dict(written) == made
+    assert made.fingerprint() == "f5ed577220f61d1f40f990d0ef43144af986d1069f380f2f17498a429cb445a0"
+
+
+LATER = [
+    {"truncated_batch_size": 30},
+    {"label_noise_multiplier": 5},
+    {"noise_mode": "strict", "trainable_parameters": 1000},
+]
+
+
+@pytest.mark.parametrize("change", LATER, ids=lambda change: next(iter(change)))
+def test_later_fields_are_part_of_the_fingerprint(spec: MakeSpec, change: dict[str, Any]) -> None:
+    made = spec(**change)
+    assert made.to_dict() == {**spec().to_dict(), **change}
+    assert PrivacySpec.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert made.fingerprint() != spec().fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("truncated_batch_size", 0, ValueError),
+        ("truncated_batch_size", 2.5, TypeError),
+        ("label_noise_multiplier", 0.0, ValueError),
+        ("label_noise_multiplier", math.inf, ValueError),
+        ("label_noise_multiplier", "1", TypeError),
+    ],
+)
+def test_refuses_later_fields(spec: MakeSpec, name: str, value: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=name):
+        spec(**{name: value})
+
+
+def test_phases_are_what_is_charged(spec: MakeSpec) -> None:
+    made = spec(label_noise_multiplier=5.0, truncated_batch_size=30)
+    training, labels = made.phases()
+    assert training == accounting.Phase(1.0, 0.1, 20, truncated_batch_size=30, dataset_size_bound=100)
+    assert labels == accounting.Phase(5.0)
+    assert made.releases == ("label_histogram",)
+    assert spec().releases == ()
+    assert made.phases(steps=3)[0].steps == 3
+    assert made.epsilon() == accounting.composed_epsilon(made.phases(), made.delta)
+    assert made.epsilon_bounds() == accounting.composed_epsilon_bounds(made.phases(), made.delta)
+    assert made.epsilon_rdp() == accounting.composed_epsilon_rdp(made.phases(), made.delta)
+    assert made.epsilon(steps=7, delta=1e-4) == accounting.composed_epsilon(made.phases(7), 1e-4)
+    assert made.event() == accounting.composed_event(made.phases())
+    assert made.epsilon() > spec(label_noise_multiplier=5.0).epsilon() > spec().epsilon()
+    with pytest.raises(ValueError, match="steps"):
+        made.phases(steps=21)
+
+
+@pytest.mark.parametrize("change", LATER, ids=lambda change: next(iter(change)))
+def test_calibration_counts_all_phases(change: dict[str, Any]) -> None:
+    made = PrivacySpec.for_target_epsilon(
+        3.0, sample_rate=0.05, steps=50, max_grad_norm=1.0, expected_batch_size=10, delta=1e-4, dataset_size_bound=300,
+        **change,
+    )  # fmt: skip
+    assert 0.99 * 3.0 <= made.epsilon() <= 3.0
+    assert made.calibrated(1.0).noise_multiplier > made.noise_multiplier
+
+
+def test_a_histogram_that_costs_the_target_leaves_no_noise_for_the_steps() -> None:
+    with pytest.raises(ValueError):
+        PrivacySpec.for_target_epsilon(
+            1.0, sample_rate=0.05, steps=50, max_grad_norm=1.0, expected_batch_size=10, delta=1e-4,
+            dataset_size_bound=300, label_noise_multiplier=0.5,
+        )  # fmt: skip
+    with pytest.raises(TypeError, match="leave it out"):
+        PrivacySpec.for_target_epsilon(1.0, noise_multiplier=1.0)

@@ -102,12 +102,12 @@ def test_every_rule_describes_itself(spec: MakeSpec, rule: Any, words: str) -> N
 def test_text_is_aligned(spec: MakeSpec) -> None:
     statement = PrivacyStatement.from_run(train(spec(), 20))
     lines = statement.to_text().splitlines()
-    fields = lines[2 : lines.index("Assumptions") - 1]
+    fields = lines[2 : lines.index("Charged") - 1]
     width = fields[3].index(f"{statement.epsilon:.6g}")
     assert fields[3].startswith("epsilon (upper bound)")
     assert all(line[width - 1] == " " and line[width] != " " for line in fields)
     assert any(line.startswith("attempts charged") and line.endswith(" 20") for line in fields)
-    assert max(len(line) for line in lines[lines.index("Assumptions") :]) <= 100
+    assert max(len(line) for line in lines[lines.index("Charged") :]) <= 100
 
 
 def test_early_stop_states_the_plan_and_warns(spec: MakeSpec) -> None:

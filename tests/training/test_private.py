@@ -18,6 +18,7 @@ from wavedp.models import (
     SpectralTokenizerConfig,
     load_autoregressive,
 )
+from wavedp.optim import DPAdam
 from wavedp.privacy import PrivacyLedger, PrivacySpec, PrivateOptimizer
 from wavedp.storage import load_folder
 from wavedp.training.private import (
@@ -25,7 +26,6 @@ from wavedp.training.private import (
     finetune_private,
     freeze_all_but,
     load_private_checkpoint,
-    update_average,
 )
 from wavedp.training.public import tokenize
 
@@ -100,8 +100,8 @@ def test_the_model_holds_the_average_of_the_released_weights(
     finetune_private(dataset, tokenizer, model, SPEC, CONFIG, tmp_path, progress=False)
     config, tensors = load_folder(tmp_path / "checkpoint")
     assert config["released"] == 8
-    for name, value in model.named_parameters():
-        assert torch.equal(value, tensors[f"average.{name}"]), name
+    for index, (name, value) in enumerate(model.named_parameters()):
+        assert torch.equal(value, tensors[f"optimizer.{index}.average"]), name
         assert not torch.equal(value, tensors[f"model.{name}"]), name
     assert model.config.privately_trained
 
@@ -110,17 +110,20 @@ def test_adam_goes_on_where_it_was(dataset: TensorImageDataset, tokenizer: Spect
     """The moments come back from the checkpoint, and so do the weights that they belong to."""
     finetune_private(dataset, tokenizer, make_model(), SPEC, CONFIG, tmp_path, progress=False)
     model = make_model()
-    optimizer = torch.optim.Adam(model.parameters())
-    average = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    optimizer = DPAdam(model.parameters(), ema_decay=0.95)
     with PrivacyLedger(tmp_path / "ledger.jsonl", SPEC) as ledger:
-        assert load_private_checkpoint(tmp_path / "checkpoint", model, optimizer, average, ledger) == 8
+        assert load_private_checkpoint(tmp_path / "checkpoint", model, optimizer, ledger) == 8
     _, tensors = load_folder(tmp_path / "checkpoint")
     for index, (name, parameter) in enumerate(model.named_parameters()):
         state = optimizer.state[parameter]
         assert int(state["step"]) == 8
         assert torch.equal(state["exp_avg"], tensors[f"optimizer.{index}.exp_avg"])
         assert torch.equal(parameter, tensors[f"model.{name}"])
-        assert torch.equal(average[name], tensors[f"average.{name}"])
+        assert torch.equal(state["average"], tensors[f"optimizer.{index}.average"])
+    with PrivacyLedger(tmp_path / "ledger.jsonl", SPEC) as ledger:
+        frozen = DPAdam(list(model.parameters())[1:], ema_decay=0.95)
+        with pytest.raises(ValueError, match="it trained other parameters"):
+            load_private_checkpoint(tmp_path / "checkpoint", model, frozen, ledger)
 
 
 def test_a_crash_loses_at_most_the_steps_since_the_checkpoint_and_says_so(
@@ -267,11 +270,62 @@ def test_names_that_match_nothing_are_refused():
         freeze_all_but(make_model(), "(")
 
 
-def test_the_average_of_constant_weights_is_those_weights_and_old_ones_fade():
-    model = torch.nn.Linear(1, 1, bias=False)
-    average = {"weight": torch.zeros(1, 1)}
-    with torch.no_grad():
-        model.weight.fill_(1.0)
-    for count in range(1, 200):
-        update_average(average, model, 0.9, count)
-    assert average["weight"].item() == pytest.approx(1.0, abs=1e-6)
+LABELLED = replace(SPEC, label_noise_multiplier=4.0)
+
+
+def test_the_label_histogram_is_charged_saved_and_drawn_once(
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Interrupted after three steps, continued, and run again: one histogram, and epsilon that covers it."""
+    step, calls = PrivateOptimizer.step, 0
+
+    def interrupting(self: PrivateOptimizer, *arguments: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(self, *arguments)
+
+    monkeypatch.setattr(PrivateOptimizer, "step", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_private(dataset, tokenizer, make_model(), LABELLED, CONFIG, tmp_path, progress=False)
+    monkeypatch.undo()
+    saved = (tmp_path / "label_histogram.json").read_bytes()
+    for _ in range(2):
+        statement = finetune_private(dataset, tokenizer, make_model(), LABELLED, CONFIG, tmp_path, progress=False)
+        assert (tmp_path / "label_histogram.json").read_bytes() == saved
+        assert statement.epsilon == LABELLED.epsilon() > SPEC.epsilon()
+        assert statement.steps_charged == 8
+        assert any("drawn from the charged histogram" in sentence for sentence in statement.assumptions)
+        assert statement.warnings == ()
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert kinds.count("release") == 1
+    assert kinds.index("release") < kinds.index("reserve")
+
+
+def test_a_lost_histogram_is_not_drawn_again(dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path):
+    """Killed between charging and saving: the charge stays, and the statement says that there is no histogram."""
+    with PrivacyLedger(tmp_path / "ledger.jsonl", LABELLED) as ledger:
+        ledger.release("label_histogram")
+    statement = finetune_private(dataset, tokenizer, make_model(), LABELLED, CONFIG, tmp_path, progress=False)
+    assert any("a crash lost it, and it is not drawn again" in warning for warning in statement.warnings)
+    assert not (tmp_path / "label_histogram.json").exists()
+    assert statement.epsilon == LABELLED.epsilon()
+
+
+def test_a_run_ends_at_its_target_with_everything_that_can_be_charged(
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path
+):
+    model = make_model()
+    spec = PrivacySpec.for_target_epsilon(
+        4.0, sample_rate=0.3, steps=8, max_grad_norm=0.5, expected_batch_size=6.0, delta=1e-3, dataset_size_bound=20,
+        label_noise_multiplier=5.0, truncated_batch_size=9, noise_mode="strict",
+        trainable_parameters=sum(p.numel() for p in model.parameters()),
+    )  # fmt: skip
+    for _ in range(2):  # the second has nothing left to spend
+        statement = finetune_private(dataset, tokenizer, make_model(), spec, CONFIG, tmp_path, progress=False)
+        assert 0.99 * 4.0 <= statement.epsilon <= 4.0
+        assert statement.epsilon_charged <= 4.0
+        assert (statement.steps_charged, len(statement.charged)) == (8, 3)
+    with PrivacyLedger(tmp_path / "ledger.jsonl", spec) as ledger:
+        assert ledger.remaining == 0

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from wavedp import __version__
 
-# command -> one line of help; the module is wavedp.cli.<command>
+# command -> one line of help; the module is wavedp.cli.<command>, with _ for -
 COMMANDS = {
     "demo": "the whole method on handwritten digits: minutes on a CPU, needs nothing",
     "tokenizer": "train a spectral image tokenizer on public images",
@@ -20,6 +20,8 @@ COMMANDS = {
     "evaluate": "train a classifier on synthetic images and test it on real ones",
     "bench": "time every op beside its rivals and beside a copy of the same bytes",
     "account": "epsilon for a noise multiplier, noise for an epsilon, or steps for an epsilon",
+    "noise-law": "test the law of the noise on many draws",
+    "precision-test": "look for what the last bits of a noisy sum tell, here and in Opacus",
 }
 
 EXIT_ERROR = 2
@@ -33,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"wavedp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"wavedp.cli.{name}")
+        module = importlib.import_module("wavedp.cli." + name.replace("-", "_"))
         command = commands.add_parser(
             name,
             help=summary,
@@ -56,10 +58,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status. Bad input is one sentence on stderr, not a traceback."""
+    """Runs a command; returns its exit status: 2 for bad input, which is one sentence on stderr, not a traceback."""
     arguments = build_parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        status = arguments.run(arguments)
     except KeyboardInterrupt:
         print(
             "\nwavedp: stopped; a training command continues from its checkpoint when run again",
@@ -71,4 +73,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"wavedp {arguments.command}: error: {error}", file=sys.stderr)
         return EXIT_ERROR
-    return 0
+    return int(status or 0)

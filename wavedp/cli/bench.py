@@ -8,6 +8,7 @@ left out: pip install 'wavedp[bench]' brings them. Every result is checked befor
   wavedp bench wavelet wavedec2 coarse-L3     one op at every level, and one case
   wavedp bench wavelet small                  what a call costs on one small image
   wavedp bench dp                             private training steps by each library, and the functions alone
+  wavedp bench noise                          normals, and optimizer steps that make their noise
   wavedp bench wavelet --list                 what cases there are
 """
 

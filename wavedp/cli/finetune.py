@@ -5,19 +5,23 @@ Only the coarse wavelet coefficients of the images are read. Sample rate, expect
 the number of records are public choices: they are given here and never computed from the data. The noise is
 calibrated so that epsilon lands within 1 % below --epsilon, or given by --noise-multiplier.
 
-Writes model/, privacy.json, privacy.txt, ledger.jsonl, log.csv (its losses are NOT private), samples.png and a
-checkpoint. After Ctrl-C the same command continues and loses nothing; after a crash, the steps since the last
-checkpoint are lost and stay charged, and the statement says how many.
+With --label-noise, the number of images of each class is released once, with noise that is charged as well, for
+'wavedp sample --labels histogram'.
+
+Writes model/, privacy.json, privacy.txt, ledger.jsonl, log.csv (its losses are NOT private), samples.png, a
+checkpoint, and label_histogram.json if it was asked for. After Ctrl-C the same command continues and loses nothing;
+after a crash, the steps since the last checkpoint are lost and stay charged, and the statement says how many.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from wavedp.cli import arguments as shared
 from wavedp.cli.pretrain import model_folder, show_samples
 from wavedp.models import load_autoregressive, load_tokenizer
 from wavedp.privacy import PrivacySpec
-from wavedp.training.private import PrivateTrainingConfig, finetune_private
+from wavedp.training.private import PrivateTrainingConfig, finetune_private, freeze_all_but
 from wavedp.training.results import save_log
 from wavedp.training.runs import RunFolder
 
@@ -82,16 +86,32 @@ def add_privacy(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-grad-norm", type=shared.positive_float, default=1.0, help="clip of one image's gradient, l2"
     )
+    group.add_argument(
+        "--label-noise", type=shared.positive_float, metavar="X",
+        help="release a label histogram with noise of this deviation on every count (default: none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--truncated-batch-size", type=shared.positive_int, metavar="IMAGES",
+        help="images at most in a batch, a random choice of those drawn; well above sample rate * --max-records",
+    )  # fmt: skip
+    group.add_argument(
+        "--noise-mode", choices=("standard", "strict"),
+        help="strict: noise in integers whose rounding and law are charged (default: standard)",
+    )  # fmt: skip
 
 
-def privacy_spec(arguments: argparse.Namespace) -> PrivacySpec:
-    constants = {
+def privacy_spec(arguments: argparse.Namespace, trainable_parameters: int | None = None) -> PrivacySpec:
+    constants: dict[str, Any] = {
         "sample_rate": arguments.sample_rate,
         "steps": arguments.steps,
         "max_grad_norm": arguments.max_grad_norm,
         "expected_batch_size": arguments.expected_batch_size,
         "delta": arguments.delta,
         "dataset_size_bound": arguments.max_records,
+        "label_noise_multiplier": arguments.label_noise,
+        "truncated_batch_size": arguments.truncated_batch_size,
+        "noise_mode": arguments.noise_mode or "standard",
+        "trainable_parameters": trainable_parameters,
     }
     if arguments.epsilon is None:
         return PrivacySpec(noise_multiplier=arguments.noise_multiplier, **constants)
@@ -100,9 +120,12 @@ def privacy_spec(arguments: argparse.Namespace) -> PrivacySpec:
 
 def run(arguments: argparse.Namespace) -> None:
     device = shared.prepare_device(arguments)
-    spec = privacy_spec(arguments)
+    spec = None if arguments.noise_mode == "strict" else privacy_spec(arguments)
     tokenizer = load_tokenizer(model_folder(arguments.tokenizer), device)
     model = load_autoregressive(model_folder(arguments.model), device)
+    if spec is None:  # what rounding costs depends on the model
+        freeze_all_but(model, arguments.trainable)
+        spec = privacy_spec(arguments, sum(p.numel() for p in model.parameters() if p.requires_grad))
     layout = tokenizer.layout
     dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
     folder = RunFolder(arguments.out, shared.settings(arguments))

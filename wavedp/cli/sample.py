@@ -2,7 +2,8 @@
 """Samples images: coarse tokens, decoded, then super-resolved by a public model.
 
 Writes pipeline/ (what CoarseToFinePipeline.from_pretrained takes), images/ and coarse/ (PNG in class sub-folders)
-and grid.png. Labels are public choices: the classes take turns unless --labels names them.
+and grid.png. Labels are public choices: the classes take turns unless --labels names them; or they are drawn from the
+histogram that 'wavedp finetune --label-noise' released, whose noise is part of the model's privacy statement.
 """
 
 import argparse
@@ -15,6 +16,8 @@ from wavedp.cli.pretrain import model_folder
 from wavedp.cli.upscale import add_super_resolver, super_resolver
 from wavedp.models import check_compatible, load_autoregressive, load_tokenizer
 from wavedp.pipeline import CoarseToFineOutput, CoarseToFinePipeline
+from wavedp.privacy import label_probabilities, load_label_histogram
+from wavedp.privacy.histogram import HISTOGRAM_FILE
 from wavedp.storage import write_bytes
 from wavedp.training.pictures import save_grid
 from wavedp.training.results import save_images
@@ -31,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--num-images", type=shared.positive_int, default=100, help="images in all")
     group.add_argument(
-        "--labels", metavar="A,B,...", help="classes to sample, by name or number (default: all, in turn)"
+        "--labels",
+        metavar="A,B,...",
+        help="classes to sample, by name or number (default: all, in turn); or 'histogram': as often as the charged "
+        "histogram says",
     )
     group.add_argument(
         "--temperature",
@@ -54,9 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     device = shared.prepare_device(arguments)
     pipeline = build_pipeline(arguments, device)
     folder = RunFolder(arguments.out, shared.settings(arguments), overwrite=True)
-    labels = shared.class_names(arguments.labels)
     output = pipeline(
-        None if labels is None else [label_of(name, pipeline.classes) for name in labels],
+        chosen_labels(arguments, pipeline.classes),
         arguments.num_images,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -100,12 +105,37 @@ def pipeline_folder(path: Path) -> Path:
     return path / "pipeline" if (path / "pipeline").is_dir() else path
 
 
+def source_folder(arguments: argparse.Namespace) -> Path:
+    """Where the model's privacy statement and label histogram are."""
+    source: Path = arguments.model if arguments.pipeline is None else pipeline_folder(arguments.pipeline)
+    return source
+
+
 def carry_statement(arguments: argparse.Namespace, folder: RunFolder) -> None:
-    """Copies the privacy statement of the model, if it has one, next to the pipeline that holds its weights."""
-    source = arguments.model if arguments.pipeline is None else pipeline_folder(arguments.pipeline)
-    for name in ("privacy.json", "privacy.txt"):
+    """Copies the model's privacy statement and label histogram, if it has them, next to the pipeline that holds its
+    weights."""
+    source = source_folder(arguments)
+    for name in ("privacy.json", "privacy.txt", HISTOGRAM_FILE):
         if (source / name).is_file():
             write_bytes(folder / "pipeline" / name, (source / name).read_bytes())
+
+
+def chosen_labels(arguments: argparse.Namespace, classes: tuple[str, ...]) -> list[int | str] | None:
+    """One label for each image, or labels to take in turn; None for all classes in turn."""
+    if arguments.labels != "histogram" or "histogram" in classes:
+        names = shared.class_names(arguments.labels)
+        return None if names is None else [label_of(name, classes) for name in names]
+    file = source_folder(arguments) / HISTOGRAM_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"--labels histogram: there is no {file}; 'wavedp finetune --label-noise' releases one, in its run folder"
+        )
+    counts = load_label_histogram(file)
+    if len(counts) != len(classes):
+        raise ValueError(f"{file} has {len(counts)} classes, the model {len(classes)}")
+    generator = torch.Generator().manual_seed(arguments.seed)
+    drawn = torch.multinomial(label_probabilities(counts), arguments.num_images, replacement=True, generator=generator)
+    return [*drawn.tolist()]
 
 
 def label_of(name: str, classes: tuple[str, ...]) -> int | str:

@@ -10,6 +10,9 @@ from wavedp.ops.wavelet_native import DTYPE_CODES, compiled
 from wavedp.reference import per_sample as reference
 from wavedp.reference.per_sample import arithmetic_dtype
 
+_MAX_BLOCK_ENTRIES = 1 << 22
+"""Of the sums of all blocks of a weight gradient, which are held together; above it they are added up one by one."""
+
 
 def _sequences(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:  # [B, T, width], any strides
     """The tensor with a contiguous last axis, and its sizes and strides."""
@@ -113,5 +116,26 @@ def _scale_records(x: Tensor, factors: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 
 def scaled_weight_grad(g: Tensor, a: Tensor, factors: Tensor) -> Tensor:
-    """:func:`wavedp.reference.per_sample.scaled_weight_grad`, all but the product by the C++ library."""
-    return reference.scaled_weight_grad(g, a, factors, _scale_records)
+    """:func:`wavedp.reference.per_sample.scaled_weight_grad`, all but the products by the C++ library.
+
+    The products of all whole blocks are one batched product.
+    """
+    (B, T, p), d = g.shape, a.shape[2]
+    wide = arithmetic_dtype(a.dtype, g.dtype)
+    records = min(reference.MAX_RECORDS_IN_FLOAT32, reference.MAX_ROWS_IN_FLOAT32 // max(T, 1))
+    whole = B // max(records, 1)
+    is_whole = records > 0 and 0 not in (B, T, p, d) and whole * p * d <= _MAX_BLOCK_ENTRIES
+    if not is_whole or not bool(factors.all()):
+        return reference.scaled_weight_grad(g, a, factors, _scale_records)
+    scaled, is_precise = _scale_records(a if d < p else g, factors, wide)
+    if not is_precise:
+        return reference.scaled_weight_grad(g, a, factors, _scale_records)
+    g, a = (g.to(wide), scaled) if d < p else (scaled, a.to(wide))
+    if records >= B:
+        return torch.mm(g.reshape(-1, p).mT, a.reshape(-1, d))
+    end = whole * records
+    blocks = torch.bmm(g[:end].reshape(whole, -1, p).mT, a[:end].reshape(whole, -1, d))
+    total = blocks.sum(0, dtype=torch.float64)
+    if end < B:
+        total += torch.mm(g[end:].reshape(-1, p).mT, a[end:].reshape(-1, d))
+    return total.to(wide)

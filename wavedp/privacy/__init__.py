@@ -6,8 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wavedp.privacy.accounting import (
+        Phase,
+        composed_epsilon,
+        composed_epsilon_bounds,
+        composed_epsilon_rdp,
         epsilon,
         epsilon_bounds,
+        epsilon_prv,
         epsilon_rdp,
         noise_multiplier_for,
         steps_for,
@@ -25,6 +30,11 @@ if TYPE_CHECKING:
     from wavedp.privacy.clipping_rules import ClippingRule
     from wavedp.privacy.engine import EngineOptimizer, PrivacyEngine
     from wavedp.privacy.entropy import Entropy
+    from wavedp.privacy.histogram import (
+        label_probabilities,
+        load_label_histogram,
+        release_label_histogram,
+    )
     from wavedp.privacy.independence import check_records_independent
     from wavedp.privacy.ledger import LedgerError, PrivacyLedger
     from wavedp.privacy.loader import PrivateLoader
@@ -50,6 +60,7 @@ _HOMES = {
     "NormalisedClipping": "clipping",
     "PerGroupClipping": "clipping_groups",
     "PerLayerClipping": "clipping_groups",
+    "Phase": "accounting",
     "PoissonSampler": "sampling",
     "PrivacyEngine": "engine",
     "PrivacyLedger": "ledger",
@@ -59,15 +70,22 @@ _HOMES = {
     "PrivateOptimizer": "optimizer",
     "check_records_independent": "independence",
     "clip_and_sum": "clipping",
+    "composed_epsilon": "accounting",
+    "composed_epsilon_bounds": "accounting",
+    "composed_epsilon_rdp": "accounting",
     "epsilon": "accounting",
     "epsilon_bounds": "accounting",
+    "epsilon_prv": "accounting",
     "epsilon_rdp": "accounting",
     "gaussian_noise": "noise",
     "grid_step": "noise",
+    "label_probabilities": "histogram",
+    "load_label_histogram": "histogram",
     "noise_multiplier_beside_count": "clipping_adaptive",
     "noise_multiplier_for": "accounting",
     "physical_batches": "sampling",
     "records_per_block": "rounding",
+    "release_label_histogram": "histogram",
     "round_to_grid": "noise",
     "steps_for": "accounting",
 }
@@ -87,6 +105,7 @@ __all__ = [
     "NormalisedClipping",
     "PerGroupClipping",
     "PerLayerClipping",
+    "Phase",
     "PoissonSampler",
     "PrivacyEngine",
     "PrivacyLedger",
@@ -96,15 +115,22 @@ __all__ = [
     "PrivateOptimizer",
     "check_records_independent",
     "clip_and_sum",
+    "composed_epsilon",
+    "composed_epsilon_bounds",
+    "composed_epsilon_rdp",
     "epsilon",
     "epsilon_bounds",
+    "epsilon_prv",
     "epsilon_rdp",
     "gaussian_noise",
     "grid_step",
+    "label_probabilities",
+    "load_label_histogram",
     "noise_multiplier_beside_count",
     "noise_multiplier_for",
     "physical_batches",
     "records_per_block",
+    "release_label_histogram",
     "round_to_grid",
     "steps_for",
 ]

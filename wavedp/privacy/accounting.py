@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Epsilon of the Poisson-subsampled Gaussian mechanism under add-or-remove-one, and its inverses.
+"""Epsilon of the Poisson-subsampled Gaussian mechanism under add-or-remove-one, alone or composed, and its inverses.
 
 The figure is a pessimistic privacy-loss distribution (PLD; Koskela et al. 2020; Doroshenko et al. 2022) by
 ``dp-accounting``, so an upper bound. An optimistic PLD bounds it from below, and Renyi accounting, which
@@ -7,40 +7,43 @@ shares no code with either, checks it: an upper bound that exceeds the Renyi one
 and raises. The central-limit ("GDP") accountant understates epsilon and is not offered.
 """
 
-import contextlib
-import functools
-import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from wavedp.extras import import_extra
+from wavedp.privacy import pld
+from wavedp.privacy.calibration import noise_multiplier_for, steps_for
+from wavedp.privacy.phases import Phase, check_delta, merged, smallest_delta, total_steps
+from wavedp.privacy.renyi import rdp_epsilon
 from wavedp.privacy.validation import check_integer, check_real
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
-_FINE_INTERVAL = 1e-4
-_COARSE_INTERVAL = 1e-3
-_FINEST_INTERVAL = 1e-5
-_MAX_POINTS_BUILT = 1.5e6
-_MAX_POINTS_COMPOSED = 2e7
-_CROSS_CHECK_SLACK = 1e-3
-_CALIBRATION_WINDOW = (0.994, 0.9985)
-_MIN_NOISE_MULTIPLIER = 0.05
-_MIN_SAMPLE_RATE = 1e-12
-_MAX_NOISE_MULTIPLIER = 1e6
-_MAX_STEPS = 10**8
-_STEPS_RESOLVED = 10**4
-_TRUNCATED_MASS = 1e-15
-_SMALLEST_DELTA_IN_UNCERTAIN_MASSES = 10
+__all__ = [
+    "Phase",
+    "composed_epsilon",
+    "composed_epsilon_bounds",
+    "composed_epsilon_prv",
+    "composed_epsilon_rdp",
+    "composed_event",
+    "epsilon",
+    "epsilon_bounds",
+    "epsilon_prv",
+    "epsilon_rdp",
+    "epsilon_table",
+    "gaussian_event",
+    "noise_multiplier_for",
+    "smallest_delta",
+    "steps_for",
+]
 
 
 def gaussian_event(sample_rate: float, noise_multiplier: float, steps: int) -> "DpEvent":
     """Return the mechanism as dp-accounting sees it: ``steps`` compositions of a Poisson-sampled Gaussian."""
-    import dp_accounting
-
-    gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
-    return dp_accounting.SelfComposedDpEvent(dp_accounting.PoissonSampledDpEvent(sample_rate, gaussian), steps)
+    return Phase(noise_multiplier, sample_rate, steps).event()
 
 
 def epsilon(*, sample_rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
@@ -57,7 +60,7 @@ def epsilon(*, sample_rate: float, noise_multiplier: float, steps: int, delta: f
         TypeError, ValueError: an argument of a wrong type or out of range.
         RuntimeError: the two accountants contradict each other.
     """
-    return _checked_epsilon(*_validated(sample_rate, noise_multiplier, steps, delta))
+    return composed_epsilon([Phase(noise_multiplier, sample_rate, steps)], delta)
 
 
 def epsilon_bounds(*, sample_rate: float, noise_multiplier: float, steps: int, delta: float) -> tuple[float, float]:
@@ -67,288 +70,130 @@ def epsilon_bounds(*, sample_rate: float, noise_multiplier: float, steps: int, d
     beyond some thousands of steps it stays valid and becomes loose. The upper bound is taken at delta less
     what truncation and rounding can amount to, ``2e-15 + 2e-16 steps``, and the lower one at delta plus that.
     """
-    arguments = _validated(sample_rate, noise_multiplier, steps, delta)
-    upper = _checked_epsilon(*arguments)
-    if arguments[2] == 0 or not math.isfinite(upper):
-        return upper, upper
-    per_step = upper / arguments[2]
-    interval = min(max(0.01 * per_step, _FINEST_INTERVAL), _FINE_INTERVAL * max(1.0, per_step))
-    return min(_optimistic_epsilon(*arguments, interval), upper), upper
-
-
-def smallest_delta(steps: int) -> float:
-    """Return the smallest delta for which ``steps`` compositions are accounted: below it no figure is reliable.
-
-    It is 10 times the mass that composition leaves uncertain: ``2e-14 + 2e-15 steps``.
-    """
-    return _SMALLEST_DELTA_IN_UNCERTAIN_MASSES * _uncertain_mass(steps)
+    return composed_epsilon_bounds([Phase(noise_multiplier, sample_rate, steps)], delta)
 
 
 def epsilon_rdp(*, sample_rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
     """Return the Renyi upper bound on epsilon (dp-accounting, default orders); see :func:`epsilon`."""
-    return _rdp_epsilon(*_validated(sample_rate, noise_multiplier, steps, delta))
+    return composed_epsilon_rdp([Phase(noise_multiplier, sample_rate, steps)], delta)
 
 
-def noise_multiplier_for(*, target_epsilon: float, sample_rate: float, steps: int, delta: float) -> float:
-    """Return a noise multiplier whose :func:`epsilon` is within 1 % below ``target_epsilon``, never above.
-
-    Searches on a coarse grid and verifies on the fine one.
-
-    Raises:
-        ValueError: no noise multiplier between 0.05 and 1e6 has such an epsilon.
-    """
-    target = check_real("target_epsilon", target_epsilon, above=0.0)
-    q, _, steps, delta = _validated(sample_rate, 1.0, steps, delta)
-    if steps == 0:
-        raise ValueError("steps must be >= 1: no noise multiplier makes zero steps cost something")
-
-    def cost(noise_multiplier: float, interval: float) -> float:
-        return _pld_epsilon(q, noise_multiplier, steps, delta, interval)
-
-    def search(interval: float) -> float:
-        low, high = _bracket_by_rdp(target, q, steps, delta)
-        while cost(low, interval) <= target:
-            high, low = low, low * 0.8
-            if low < _MIN_NOISE_MULTIPLIER:
-                raise ValueError(
-                    f"target_epsilon={target} is so loose for sample_rate={q}, steps={steps}, delta={delta} "
-                    f"that a noise multiplier of {_MIN_NOISE_MULTIPLIER} already meets it: lower the target"
-                )
-        return _solve_decreasing(lambda s: cost(s, interval), low, high, target)
-
-    guess = search(_COARSE_INTERVAL)
-    if not 0.99 * target <= cost(guess, _FINE_INTERVAL) <= target:
-        guess = search(_FINE_INTERVAL)
-    reached = _checked_epsilon(q, guess, steps, delta)
-    if not 0.99 * target <= reached <= target:
-        raise RuntimeError(f"calibration to epsilon {target} ended at {reached} with noise multiplier {guess}")
-    return guess
+def epsilon_prv(
+    *, sample_rate: float, noise_multiplier: float, steps: int, delta: float, eps_error: float = 0.01
+) -> float:
+    """Return epsilon by Opacus' PRV accountant, for comparison; see :func:`composed_epsilon_prv`."""
+    return composed_epsilon_prv([Phase(noise_multiplier, sample_rate, steps)], delta, eps_error=eps_error)
 
 
-def steps_for(*, target_epsilon: float, sample_rate: float, noise_multiplier: float, delta: float) -> int:
-    """Return the largest number of steps whose :func:`epsilon` is at most ``target_epsilon`` (0 if none).
+def composed_epsilon(phases: Iterable[Phase], delta: float) -> float:
+    """Return an upper bound on epsilon of all phases together, in any order; none gives 0.
 
-    Above 10,000 steps the result may fall short by one in 10,000, to save time.
+    Pessimistic PLD, checked against the Renyi bound. The mechanisms are fixed in advance; steps may be left out,
+    whatever earlier releases showed. Phases of one mechanism cost what one phase with all their steps costs. For one
+    mechanism delta is reduced as in :func:`epsilon_bounds`, for several by ``2e-15 + 4e-16 steps``, all steps
+    together. A noise multiplier below 0.05 (below 0.1 where batches are cut) gives infinity.
 
     Raises:
-        ValueError: 1e8 steps stay within the target.
+        TypeError, ValueError: not phases, or delta outside [``smallest_delta(all steps)``, 1).
+        RuntimeError: the two accountants contradict each other.
     """
-    target = check_real("target_epsilon", target_epsilon, above=0.0)
-    q, sigma, _, delta = _validated(sample_rate, noise_multiplier, 1, delta)
-
-    if sigma == 0.0:
-        return 0
-
-    def cost(steps: int) -> float:
-        return _pld_epsilon(q, sigma, steps, delta, _FINE_INTERVAL)
-
-    if cost(1) > target:
-        return 0
-    low, high = 1, _steps_by_rdp(target, q, sigma, delta)
-    while cost(high) <= target:
-        if high == _MAX_STEPS:
-            raise ValueError(f"{_MAX_STEPS} steps stay within the target epsilon")
-        # Epsilon grows at least with the square root of steps.
-        growth = min(2.0, 1.001 * (target / cost(high)) ** 2) if cost(high) > 0 else 2.0
-        low, high = high, min(math.ceil(growth * high) + 1, _MAX_STEPS)
-    return _last_within(cost, low, high, target, tolerance=low // _STEPS_RESOLVED)
+    return pld.checked_epsilon(*_question(phases, delta))
 
 
-def _uncertain_mass(steps: int) -> float:
-    """Return a bound on the error of a composed tail: 1e-15 is truncated, and the convolution, the power ``steps``
-    of a Fourier transform, was measured to be off by up to 1e-16 per step."""
-    return 2.0 * _TRUNCATED_MASS + 2e-16 * steps
+def composed_epsilon_bounds(phases: Iterable[Phase], delta: float) -> tuple[float, float]:
+    """Return a lower and an upper bound on epsilon of all phases together; see :func:`composed_epsilon`.
 
-
-def _validated(
-    sample_rate: float, noise_multiplier: float, steps: int, delta: float
-) -> tuple[float, float, int, float]:
-    steps = check_integer("steps", steps, at_most=_MAX_STEPS)
-    delta = check_real("delta", delta, above=0.0, below=1.0)
-    if delta < smallest_delta(steps):
-        raise ValueError(
-            f"delta={delta} is too small to be accounted for {steps} steps: the smallest that works is "
-            f"{smallest_delta(steps):.2g}"
-        )
-    return (
-        check_real("sample_rate", sample_rate, at_least=_MIN_SAMPLE_RATE, at_most=1.0),
-        check_real("noise_multiplier", noise_multiplier, at_least=0.0, at_most=_MAX_NOISE_MULTIPLIER),
-        steps,
-        delta,
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _checked_epsilon(q: float, sigma: float, steps: int, delta: float) -> float:
-    upper = _pld_epsilon(q, sigma, steps, delta, _FINE_INTERVAL)
-    limit = _rdp_epsilon(q, sigma, steps, delta) * (1.0 + _CROSS_CHECK_SLACK)
-    if upper > limit:
-        # Many steps of small loss round up; a finer grid separates that from a defect.
-        upper = _pld_epsilon(q, sigma, steps, delta, _FINE_INTERVAL / 10)
-    if math.isnan(upper) or upper > limit:
-        raise RuntimeError(
-            f"accountants disagree at sample_rate={q}, noise_multiplier={sigma}, steps={steps}, "
-            f"delta={delta}: PLD gives epsilon {upper}, Renyi {limit}; no epsilon is reported"
-        )
-    return upper
-
-
-def _interval_for(q: float, sigma: float, steps: int, interval: float) -> float:
-    """Fit ``interval`` to the mechanism; a pessimistic bound stays one on any grid.
-
-    A step whose loss spreads over less than a grid cell needs a finer grid, and a wide range a coarser one.
-    One step's spread is about ``q sqrt(exp(1 / sigma^2) - 1)``; below sigma = 0.2 its largest loss, about
-    ``1 / (2 sigma^2)``, sets the scale.
+    With truncated batches the lower bound is that of the same phases untruncated: the guarantee covers every data
+    set up to ``dataset_size_bound``, also those so small that no batch is ever cut.
     """
-    width = 10.0 / sigma + 0.5 / sigma**2
-    spread = min(1.0 / sigma, q * math.sqrt(math.expm1(min(sigma**-2, 600.0))))
-    fine = min(interval, max(0.1 * interval, 0.1 * spread))
-    coarse = 0.05 * interval / sigma**2
-    return max(fine, coarse, width / _MAX_POINTS_BUILT, 20.0 * math.sqrt(steps) * spread / _MAX_POINTS_COMPOSED)
+    question, delta = _question(phases, delta)
+    upper = pld.checked_epsilon(question, delta)
+    if not question or not math.isfinite(upper):
+        return upper, upper
+    interval = pld.lower_interval(upper, total_steps(question))
+    return min(pld.lower_epsilon(question, delta, interval), upper), upper
 
 
-@functools.lru_cache(maxsize=8)
-def _single_step(q: float, sigma: float, interval: float, pessimistic: bool) -> Any:
-    from dp_accounting.pld import privacy_loss_distribution
-
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        sigma,
-        sampling_prob=q,
-        value_discretization_interval=interval,
-        pessimistic_estimate=pessimistic,
-        use_connect_dots=pessimistic,
-    )
+def composed_epsilon_rdp(phases: Iterable[Phase], delta: float) -> float:
+    """Return the Renyi upper bound on epsilon of all phases together; see :func:`composed_epsilon`."""
+    return rdp_epsilon(*_question(phases, delta))
 
 
-def _composed(base: Any, steps: int) -> Any:
-    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+def composed_epsilon_prv(phases: Iterable[Phase], delta: float, *, eps_error: float = 0.01) -> float:
+    """Return epsilon of all phases by Opacus' PRV accountant (Gopi et al. 2021), for comparison only.
 
-    if steps > 1:
-        add = None if base._symmetric else _prepared(base._pmf_add, steps)
-        base = PrivacyLossDistribution(_prepared(base._pmf_remove, steps), add)
-    return base.self_compose(steps, tail_mass_truncation=_TRUNCATED_MASS)
+    It is that accountant's upper end, ``eps_error`` and what its ``delta_error`` of delta / 1000 amounts to above its
+    estimate. Small noise multipliers with many steps take it up to a minute and gigabytes.
 
-
-def _prepared(pmf: Any, steps: int) -> Any:
-    """Return the same distribution in the form that composes fast.
-
-    A sparse one raises its size to the power of ``steps``, which takes minutes for millions. The Chernoff bounds
-    that truncate the result try orders ``1/n`` to ``20/n`` on n points; with n at least the deviation of the
-    result, in grid cells, they are tight, so zeros are appended.
+    Raises:
+        ImportError: Opacus is not installed: ``pip install 'wavedp[account]'``.
+        ValueError: truncated batches, which it does not know, a sample rate of 1 or a noise multiplier below 0.05.
+        RuntimeError: it finds no epsilon, which happens near 0 and for the smallest deltas.
     """
-    import numpy as np
-    from dp_accounting.pld.pld_pmf import DensePLDPmf, SparsePLDPmf
-
-    dense = pmf.to_dense_pmf() if isinstance(pmf, SparsePLDPmf) else pmf
-    cells = np.arange(dense.size)
-    mean = dense._probs @ cells
-    deviation = math.sqrt(steps * (dense._probs @ (cells - mean) ** 2))
-    zeros = np.zeros(max(0, math.ceil(deviation) - dense.size))
-    return DensePLDPmf(
-        dense._discretization,
-        dense._lower_loss,
-        np.append(dense._probs, zeros),
-        dense._infinity_mass,
-        dense._pessimistic_estimate,
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def _pld_epsilon(q: float, sigma: float, steps: int, delta: float, interval: float) -> float:
-    if steps == 0:
+    eps_error = check_real("eps_error", eps_error, above=0.0, at_most=1.0)
+    question, delta = _question(phases, delta)
+    for phase in question:
+        if phase.cut_probability() > 0.0:
+            raise ValueError("the PRV accountant does not know truncated Poisson sampling")
+        if phase.sample_rate == 1.0:
+            raise ValueError("the PRV accountant does not know releases from all records (sample_rate=1)")
+        if phase.noise_multiplier < pld.MIN_NOISE_MULTIPLIER:
+            raise ValueError(
+                f"noise_multiplier={phase.noise_multiplier} is below {pld.MIN_NOISE_MULTIPLIER}: nothing to compare"
+            )
+    accountant = import_extra("opacus.accountants", "account").PRVAccountant()
+    if not question:
         return 0.0
-    if sigma < _MIN_NOISE_MULTIPLIER:
-        return math.inf
-    base = _single_step(q, sigma, _interval_for(q, sigma, steps, interval), True)
-    return float(_composed(base, steps).get_epsilon_for_delta(delta - _uncertain_mass(steps)))
-
-
-@functools.lru_cache(maxsize=256)
-def _optimistic_epsilon(q: float, sigma: float, steps: int, delta: float, interval: float) -> float:
-    base = _single_step(q, sigma, _interval_for(q, sigma, steps, interval), False)
-    return float(_composed(base, steps).get_epsilon_for_delta(min(delta + _uncertain_mass(steps), 1.0)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _rdp_epsilon(q: float, sigma: float, steps: int, delta: float) -> float:
-    from dp_accounting.rdp import RdpAccountant
-
-    if steps == 0:
-        return 0.0
-    if sigma < _MIN_NOISE_MULTIPLIER:
-        return math.inf
-    with _quiet_accountant():
-        return float(RdpAccountant().compose(gaussian_event(q, sigma, steps)).get_epsilon(delta))
-
-
-@contextlib.contextmanager
-def _quiet_accountant() -> Iterator[None]:
-    """Silence the lines on Renyi orders that dp-accounting leaves out, which only loosens the bound."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    accountant.history = [(phase.noise_multiplier, phase.sample_rate, phase.steps) for phase in question]
     try:
-        yield
-    finally:
-        logger.setLevel(level)
+        return max(0.0, float(accountant.get_epsilon(delta, eps_error=eps_error)))
+    except (ValueError, RuntimeError) as error:
+        raise RuntimeError(f"the PRV accountant finds no epsilon here: {error}") from error
 
 
-def _bracket_by_rdp(target: float, q: float, steps: int, delta: float) -> tuple[float, float]:
-    """Return noise multipliers around the one at which the cheap Renyi bound meets ``target``."""
-    high = 1.0
-    while _rdp_epsilon(q, high, steps, delta) > target:
-        high *= 2.0
-        if high > _MAX_NOISE_MULTIPLIER:
-            raise ValueError(f"target_epsilon={target} needs a noise multiplier above {_MAX_NOISE_MULTIPLIER}")
-    low = high
-    while low > _MIN_NOISE_MULTIPLIER and _rdp_epsilon(q, low, steps, delta) <= target:
-        high, low = low, max(low / 1.5, _MIN_NOISE_MULTIPLIER)
-    return low, high
+def composed_event(phases: Iterable[Phase]) -> "DpEvent":
+    """Return the phases as a dp-accounting event, for another accountant to compute.
+
+    One phase gives its own event, several a ``ComposedDpEvent`` of theirs in the order given. See
+    :meth:`Phase.event` for what a truncated one stands for.
+    """
+    import dp_accounting
+
+    events = [phase.event() for phase in phases]
+    return events[0] if len(events) == 1 else dp_accounting.ComposedDpEvent(events)
 
 
-def _steps_by_rdp(target: float, q: float, sigma: float, delta: float) -> int:
-    """Return a number of steps at or a little below that at which the cheap Renyi bound meets ``target``."""
-    low, high = 1, 2
-    while high < _MAX_STEPS and _rdp_epsilon(q, sigma, high, delta) <= target:
-        low, high = high, min(2 * high, _MAX_STEPS)
-    while high - low > max(1, low // 50):
-        middle = (low + high) // 2
-        low, high = (middle, high) if _rdp_epsilon(q, sigma, middle, delta) <= target else (low, middle)
-    return low
+def epsilon_table(
+    phase: Phase, delta: float, steps: Sequence[int], *, other_phases: Iterable[Phase] = ()
+) -> list[dict[str, Any]]:
+    """Return one row for each of ``steps``: what epsilon is once ``phase`` has run so far, after ``other_phases``.
+
+    ``delta`` must allow the largest of ``steps``. A row has ``steps``, ``epsilon_lower_bound``, ``epsilon`` and
+    ``epsilon_rdp``. Lower bounds are on the grid of the largest count, which is valid for all and built once.
+    """
+    others = tuple(other_phases)
+    counts = [check_integer("steps", count) for count in steps]
+    questions = [_question([replace(phase, steps=count), *others], delta) for count in counts]
+    uppers = [pld.checked_epsilon(*question) for question in questions]
+    rows = []
+    if counts:
+        at = max(range(len(counts)), key=counts.__getitem__)
+        last, finite = questions[at][0], math.isfinite(uppers[at])
+        interval = pld.lower_interval(uppers[at], max(total_steps(last), 1)) if finite else pld.COARSE_INTERVAL
+        for count, question, upper in zip(counts, questions, uppers):
+            lower = pld.lower_epsilon(*question, interval) if question[0] and math.isfinite(upper) else upper
+            rows.append(
+                {
+                    "steps": count,
+                    "epsilon_lower_bound": min(lower, upper),
+                    "epsilon": upper,
+                    "epsilon_rdp": rdp_epsilon(*question),
+                }
+            )
+    return rows
 
 
-def _solve_decreasing(cost: Callable[[float], float], low: float, high: float, target: float) -> float:
-    """Find s with ``cost(s)`` just under ``target``; ``cost`` falls, ``cost(low) > target >= cost(high)``."""
-    floor, ceiling = (factor * target for factor in _CALIBRATION_WINDOW)
-    for iteration in range(60):
-        at_low, at_high = cost(low), cost(high)
-        if floor <= at_high <= target:
-            return high
-        fraction = 0.5
-        if iteration % 3 != 2 and math.isfinite(at_low) and at_high > 0:
-            # Secant on log-log axes, where epsilon is close to a straight line.
-            fraction = math.log(at_low / (0.5 * (floor + ceiling))) / math.log(at_low / at_high)
-        middle = low * (high / low) ** min(max(fraction, 0.02), 0.98)
-        if cost(middle) > ceiling:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def _last_within(cost: Callable[[int], float], low: int, high: int, target: float, tolerance: int) -> int:
-    """Return an n with ``cost(n) <= target < cost(n + tolerance)``; ``cost(low) <= target < cost(high)`` grows."""
-    iteration = 0
-    while high - low > max(1, tolerance):
-        at_low, at_high = cost(low), cost(high)
-        middle = (low + high) // 2
-        if iteration % 3 != 2 and at_low > 0 and math.isfinite(at_high):
-            # Interpolate on log-log axes, then go a little beyond, so that the nearer end moves as well.
-            fraction = math.log(target / at_low) / math.log(at_high / at_low)
-            guess = low * (high / low) ** fraction
-            margin = max(1, tolerance // 2)
-            middle = round(guess) + (margin if 2 * guess < low + high else -margin)
-        middle = min(max(middle, low + 1), high - 1)
-        low, high = (middle, high) if cost(middle) <= target else (low, middle)
-        iteration += 1
-    return low
+def _question(phases: Iterable[Phase], delta: float) -> tuple[tuple[Phase, ...], float]:
+    """Return what the accountants are asked: merged phases and a delta that can be accounted for them."""
+    question = merged(phases)
+    return question, check_delta(delta, total_steps(question))

@@ -14,6 +14,11 @@ def check_sampler(sampler: PoissonSampler, spec: PrivacySpec, steps_left: int) -
         raise TypeError(f"sampler must be a PoissonSampler, and no subclass of it, got {type(sampler).__name__}")
     if sampler.sample_rate != spec.sample_rate:
         raise ValueError(f"the sampler draws at {sampler.sample_rate}, the accounting is for {spec.sample_rate}")
+    if sampler.truncated_batch_size != spec.truncated_batch_size:
+        raise ValueError(
+            f"the sampler cuts batches to {sampler.truncated_batch_size}, the accounting is for "
+            f"{spec.truncated_batch_size}; build it by PoissonSampler.for_spec"
+        )
     if sampler.num_records > spec.dataset_size_bound:
         raise ValueError(f"the data set has more records than dataset_size_bound={spec.dataset_size_bound}")
     if sampler.drawn:

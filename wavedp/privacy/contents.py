@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from wavedp.privacy.coverage import saved_tensors
 
 EVERY_STEP_BYTES = 1 << 20
-"""Up to this size all contents are compared at every step: SHA-256 takes 0.6 ms for 1 MiB on one core, twice a step."""
+"""Up to this size all contents are compared at every step, with a copy of them."""
 
 INTERVAL = 50
-"""Larger models: contents are compared at the first step and at every 50th, version counters at every step."""
+"""Larger models: digests of the contents are compared at the first step and at every 50th, version counters at every
+step. SHA-256 takes 0.6 ms for 1 MiB on one core, twice a step."""
 
 
 @dataclass
 class _Seen:
     tensor: Tensor
     version: int
-    digest: bytes | None
+    content: "_Digest | _Copy | None"
 
 
 class ContentsWatch:
@@ -36,9 +37,11 @@ class ContentsWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._seen = {name: _remember(tensor) for name, tensor in saved_tensors(model).items()}
-        size = sum(seen.tensor.numel() * seen.tensor.element_size() for seen in self._seen.values())
-        self._interval = 1 if size <= EVERY_STEP_BYTES else INTERVAL
+        saved = saved_tensors(model)
+        is_small = sum(tensor.numel() * tensor.element_size() for tensor in saved.values()) <= EVERY_STEP_BYTES
+        self._content: type[_Copy] | type[_Digest] = _Copy if is_small else _Digest
+        self._interval = 1 if is_small else INTERVAL
+        self._seen = {name: self._remember(tensor) for name, tensor in saved.items()}
         self._releases = 0
         self._modules = {module: prefix for prefix, module in model.named_modules()}
         self._hooks = [module.register_load_state_dict_post_hook(self._on_load) for module in self._modules]
@@ -61,8 +64,17 @@ class ContentsWatch:
         """Remember ``parameters`` as a private step left them."""
         self._releases += 1
         comparing = self._releases % self._interval == 0
-        for name, parameter in parameters.items():
-            self._seen[name] = _Seen(parameter, _version(parameter), _digest(parameter) if comparing else None)
+        stepped = {id(parameter) for parameter in parameters.values()}
+        for name, seen in self._seen.items():  # a tied parameter has several names
+            tensor, before = seen.tensor, seen.content
+            if id(tensor) not in stepped:
+                continue
+            if not comparing:
+                self._seen[name] = _Seen(tensor, _version(tensor), None)
+            elif isinstance(before, _Copy) and before.overwrite(tensor):
+                self._seen[name] = _Seen(tensor, _version(tensor), before)
+            else:
+                self._seen[name] = self._remember(tensor)
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -74,30 +86,71 @@ class ContentsWatch:
         touched = tensor is not seen.tensor or _version(tensor) != seen.version
         if not touched and not thorough:
             return False
-        if seen.digest is None:
+        if seen.content is None:
             return touched
-        if _digest(tensor) != seen.digest:
+        if not seen.content.is_of(tensor):
             return True
-        self._seen[name] = _Seen(tensor, _version(tensor), seen.digest)  # written to and put back
+        self._seen[name] = _Seen(tensor, _version(tensor), seen.content)  # written to and put back
         return False
+
+    def _remember(self, tensor: Tensor) -> _Seen:
+        return _Seen(tensor, _version(tensor), self._content(tensor))
 
     def _on_load(self, module: nn.Module, incompatible_keys: object) -> None:
         if module in self._modules:
             prefix = self._modules[module]
             for name, tensor in saved_tensors(module, recurse=False).items():
-                self._seen[f"{prefix}.{name}" if prefix else name] = _remember(tensor)
-
-
-def _remember(tensor: Tensor) -> _Seen:
-    return _Seen(tensor, _version(tensor), _digest(tensor))
+                self._seen[f"{prefix}.{name}" if prefix else name] = self._remember(tensor)
 
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _digest(tensor: Tensor) -> bytes:
-    """Return the SHA-256 of type, shape and bytes."""
+class _Digest:
+    """The SHA-256 of a tensor's type, shape and bytes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._digest = _sha256(tensor)
+
+    def is_of(self, tensor: Tensor) -> bool:
+        return self._digest == _sha256(tensor)
+
+
+class _Copy:
+    """A tensor's type, shape and bits."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._dtype, self._shape = tensor.dtype, tensor.shape
+        self._bits = _bits(tensor).clone()
+
+    def is_of(self, tensor: Tensor) -> bool:
+        return (
+            self._dtype == tensor.dtype and self._shape == tensor.shape and torch.equal(self._at(tensor), _bits(tensor))
+        )
+
+    def overwrite(self, tensor: Tensor) -> bool:
+        """Become the copy of another tensor, if that is of the same type and shape."""
+        if self._dtype != tensor.dtype or self._shape != tensor.shape:
+            return False
+        self._bits = self._at(tensor).copy_(_bits(tensor))
+        return True
+
+    def _at(self, tensor: Tensor) -> Tensor:
+        return self._bits if self._bits.device == tensor.device else self._bits.to(tensor.device)
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The tensor's memory as integers, which are equal where bits are: NaN too, and 0 is not -0."""
+    tensor = tensor.detach()
+    integers = _INTEGERS.get(tensor.element_size())
+    return tensor.contiguous().reshape(-1).view(torch.uint8) if integers is None else tensor.view(integers)
+
+
+def _sha256(tensor: Tensor) -> bytes:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     digest.update(content.data)

@@ -4,14 +4,12 @@
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from wavedp.privacy import accounting
 from wavedp.privacy.clipping_rules import ClippingRule
 from wavedp.privacy.ledger import PrivacyLedger
 from wavedp.privacy.loader import PrivateLoader
@@ -156,12 +154,8 @@ class PrivacyEngine:
             expected_batch_size=expected_batch_size,
             delta=target_delta,
         )
-        found = accounting.noise_multiplier_for(
-            target_epsilon=target_epsilon, sample_rate=unnoised.sample_rate, steps=unnoised.steps, delta=unnoised.delta
-        )
-        spec = replace(unnoised, noise_multiplier=found)
         return self.make_private_with_spec(
-            spec=spec,
+            spec=unnoised.calibrated(target_epsilon),
             module=module,
             optimizer=optimizer,
             data_loader=data_loader,
@@ -187,6 +181,8 @@ class PrivacyEngine:
         without_privacy: bool = False,
     ) -> "tuple[nn.Module, EngineOptimizer, PrivateLoader | None]":
         """As :meth:`make_private`, under a specification; with a ledger, for the steps that are left in it.
+
+        It may also say what the other two have no arguments for: truncated batches, strict noise, a label histogram.
 
         Raises:
             TypeError, ValueError: as :meth:`make_private`; the data set is larger than the specification's bound.
@@ -230,7 +226,8 @@ class PrivacyEngine:
         return module, self._optimizer, loader
 
     def get_epsilon(self, delta: float) -> float:
-        """Return the upper bound on epsilon for the steps charged so far, add-or-remove-one.
+        """Return the upper bound on epsilon for the steps charged so far, add-or-remove-one; with the label histogram
+        if the specification has one.
 
         It holds for the model as it is if the decision to stop here did not depend on the private data, and batches
         were what the mechanism draws; a warning says where that was not checked or is not so.
@@ -249,12 +246,7 @@ class PrivacyEngine:
         reason = private.irregularity()
         if reason is not None:
             warnings.warn(f"this epsilon is of the mechanism that was planned; {reason}", stacklevel=2)
-        return accounting.epsilon(
-            sample_rate=private.spec.sample_rate,
-            noise_multiplier=private.spec.noise_multiplier,
-            steps=private.steps_charged,
-            delta=delta,
-        )
+        return private.spec.epsilon(steps=private.steps_charged, delta=delta)
 
     def privacy_statement(self) -> PrivacyStatement:
         """Return the statement of a run with a fixed number of steps.

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A write-ahead record of spent steps that outlives the process: what was started is charged.
+"""A write-ahead record of spent steps and releases that outlives the process: what was started is charged.
 
 JSON lines in an append-only file. Each line carries the SHA-256 of its own content, which includes the
 previous line's. Steps are reserved, in blocks, before the first of them starts: killed at any moment, a
 run has charged at least what it started. The ledger belongs to a data set's budget and not to a
 checkpoint, so going back to an old checkpoint does not give spent steps back.
+
+Lines after the header are of two kinds: ``reserve``, a block of steps; and ``release``, one of what the specification
+releases once (``PrivacySpec.releases``), with where its result was going to be saved.
 """
 
 import hashlib
@@ -22,6 +25,7 @@ FREE_FIELDS = frozenset({"expected_batch_size"})
 """Fields of the specification that a resumed run may change: they scale a release after its noise."""
 
 _FIRST = "0" * 64
+_RELEASE_KEYS = frozenset({"kind", "name", "saved_as", "previous", "digest"})
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
 
 
@@ -41,7 +45,8 @@ class PrivacyLedger:
 
     Args:
         path: the ledger's file; its folder must exist.
-        spec: what the run is allowed: at most ``spec.steps`` steps of this mechanism.
+        spec: what the run is allowed: at most ``spec.steps`` steps of this mechanism, and each of ``spec.releases``
+            once.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -53,6 +58,7 @@ class PrivacyLedger:
         self.path = Path(path)
         self.spec = spec
         self._charged = 0
+        self._released: dict[str, str] = {}
         self._digests = [_FIRST]
         self._process = os.getpid()
         if not self.path.parent.is_dir():
@@ -76,6 +82,11 @@ class PrivacyLedger:
         return self.spec.steps - self._charged
 
     @property
+    def released(self) -> dict[str, str]:
+        """What was released once, by name, and where its result was going to be saved (``""`` where nobody said)."""
+        return dict(self._released)
+
+    @property
     def head(self) -> str:
         """Digest of the last line; it stands for the whole history."""
         return self._digests[-1]
@@ -83,6 +94,11 @@ class PrivacyLedger:
     def contains(self, head: str) -> bool:
         """Whether ``head`` was the head of this ledger at some time."""
         return head in self._digests
+
+    def check_spec(self, spec: PrivacySpec) -> None:
+        """Raise a LedgerError unless the ledger was opened for ``spec``."""
+        if self.spec != spec:
+            raise LedgerError(f"{self.path} was opened for another specification than the run's")
 
     def reserve(self, steps: int) -> None:
         """Charge ``steps`` steps, durably, before any of them starts.
@@ -100,6 +116,29 @@ class PrivacyLedger:
             )
         self._append({"kind": "reserve", "steps": steps, "charged": self._charged + steps})
         self._charged += steps
+
+    def release(self, name: str, saved_as: str | os.PathLike[str] = "") -> None:
+        """Charge the one release called ``name``, durably, before anything of it is drawn.
+
+        Args:
+            name: one of ``spec.releases``.
+            saved_as: where its result is going to be; written into the ledger.
+
+        Raises:
+            RuntimeError: it was charged before, or the specification has no such release; nothing is charged.
+            LedgerError: as :meth:`reserve`.
+        """
+        if name not in self.spec.releases:
+            raise RuntimeError(f"the specification of {self.path} has no release {name!r}; it has {self.spec.releases}")
+        if name in self._released:
+            saved = self._released[name]
+            raise RuntimeError(
+                f"{self.path} already charged the release {name!r}, and it is not drawn again"
+                + (f": read its result in {saved}" if saved else "")
+            )
+        saved_as = os.fspath(saved_as)
+        self._append({"kind": "release", "name": name, "saved_as": saved_as})
+        self._released[name] = saved_as
 
     def close(self) -> None:
         """Release the file; a second call does nothing."""
@@ -184,6 +223,13 @@ class PrivacyLedger:
             if kind != "create" or entry.get("version") != 1 or not isinstance(recorded, dict):
                 raise self._damaged(number, "is not the header of a version 1 ledger")
             self._match_spec(recorded)
+        elif kind == "release":
+            name, saved_as = entry.get("name"), entry.get("saved_as")
+            if entry.keys() != _RELEASE_KEYS or not isinstance(name, str) or not isinstance(saved_as, str):
+                raise self._damaged(number, "is not a whole release")
+            if name not in self.spec.releases or name in self._released:
+                raise self._damaged(number, f"releases {name!r}, which is not in the specification, or once more")
+            self._released[name] = saved_as
         else:
             steps, charged = entry.get("steps"), entry.get("charged")
             if kind != "reserve" or type(steps) is not int or steps < 1 or charged != self._charged + steps:

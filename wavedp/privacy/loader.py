@@ -41,7 +41,10 @@ class PrivateLoader(Iterable[Any]):
         self.sampler: PoissonSampler = private.sampler
         if len(source.dataset) != self.sampler.num_records:  # type: ignore[arg-type]
             raise ValueError("the sampler draws from another number of records than the data set has")
-        size = self.sampler.num_records if physical_batch_size is None else physical_batch_size
+        most = (
+            self.sampler.num_records if self.sampler.truncated_batch_size is None else self.sampler.truncated_batch_size
+        )
+        size = most if physical_batch_size is None else physical_batch_size
         self.physical_batch_size = check_integer("physical_batch_size", max(size, 1), at_least=1)
         self.at_end_of_batch = True
         """Whether what was yielded last ends a logical batch."""

@@ -14,17 +14,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from wavedp.functional import noisy_mean
 from wavedp.optim import PrivateStep
-from wavedp.privacy import accounting
 from wavedp.privacy.batches import BatchTracker, check_sampler
 from wavedp.privacy.bookings import Bookings
 from wavedp.privacy.bookkeeping import GradientBook
-from wavedp.privacy.clipping import accumulation_dtype
 from wavedp.privacy.contents import ContentsWatch
 from wavedp.privacy.coverage import check_groups, trainable_parameters
 from wavedp.privacy.entropy import Entropy
 from wavedp.privacy.ledger import LedgerError, PrivacyLedger
+from wavedp.privacy.release import check_run, step_with_noise, write_noisy_means
 from wavedp.privacy.sampling import PoissonSampler
 from wavedp.privacy.spec import PrivacySpec
 from wavedp.privacy.validation import check_integer
@@ -74,8 +72,8 @@ class PrivateOptimizer:
 
     Raises:
         TypeError: an argument of a wrong type; a sampler of a subclass.
-        ValueError: the model cannot be booked, the optimizer's parameters are not the trainable ones, or the
-            sampler is not the one that ``spec`` accounts for.
+        ValueError: the model cannot be booked, the optimizer's parameters are not the trainable ones or of another
+            number than ``spec`` charges, or the sampler is not the one that it accounts for.
         RuntimeError: a parameter that is not trained, but is in the optimizer, holds a ``.grad``.
         LedgerError: the ledger was opened for another specification.
     """
@@ -94,28 +92,7 @@ class PrivateOptimizer:
         loss_reduction: str | None = None,
         two_backwards: bool = False,
     ) -> None:
-        for name, value, kind in (
-            ("model", model, nn.Module),
-            ("optimizer", optimizer, torch.optim.Optimizer),
-            ("spec", spec, PrivacySpec),
-            ("ledger", ledger, PrivacyLedger | None),
-        ):
-            if not isinstance(value, kind):
-                wanted = getattr(kind, "__name__", str(kind))
-                raise TypeError(f"{name} must be of type {wanted}, got {type(value).__name__}")
-        if spec.noise_multiplier == 0.0 and not without_privacy:
-            raise ValueError("noise_multiplier is 0, which is not private; pass without_privacy=True if it is meant")
-        if ledger is not None and ledger.spec != spec:
-            raise LedgerError(f"{ledger.path} was opened for another specification than the optimizer's")
-        if loss_reduction not in (None, "mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean', 'sum' or None, got {loss_reduction!r}")
-        frozen = (not p.requires_grad for group in optimizer.param_groups for p in group["params"])
-        if isinstance(optimizer, PrivateStep) and any(frozen):
-            raise ValueError(
-                f"{type(optimizer).__name__} adds noise to all its parameters: leave frozen ones out of it"
-            )
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError("LBFGS evaluates the loss several times per step, each of which would be a release")
+        check_run(model, optimizer, spec, ledger, without_privacy=without_privacy, loss_reduction=loss_reduction)
         self._spec = spec
         self._optimizer = optimizer
         self._ledger = ledger
@@ -308,8 +285,8 @@ class PrivateOptimizer:
     def privacy_spent(self) -> dict[str, float | int | None]:
         """Return what is charged so far and what the whole run costs.
 
-        ``epsilon`` is the bound for all planned steps, which holds whenever and however the run stops;
-        ``epsilon_charged`` is that of the charged steps alone, which holds if the decision to stop did not
+        ``epsilon`` is the bound for all planned steps and releases, which holds whenever and however the run stops;
+        ``epsilon_charged`` is that of the charged steps in their place, which holds if the decision to stop did not
         depend on the private data. Both are ``None`` where noise is reproducible or absent.
         """
         private = not self.insecure and self._spec.noise_multiplier > 0.0
@@ -318,7 +295,7 @@ class PrivateOptimizer:
             "steps_planned": self._spec.steps,
             "delta": self._spec.delta,
             "epsilon": self._spec.epsilon() if private else None,
-            "epsilon_charged": self._epsilon_charged() if private else None,
+            "epsilon_charged": self._spec.epsilon(steps=self.steps_charged) if private else None,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -415,29 +392,14 @@ class PrivateOptimizer:
         self._batch.drop()
 
     def _release(self) -> None:
-        std = self._clipping.sum_noise_multiplier(self._spec.noise_multiplier) * self._clipping.sensitivity()
+        std = self._spec.stddev_with(self._clipping)
         try:
             with self._entropy.key() as key:
                 if isinstance(self._optimizer, PrivateStep):
                     self._releasing = True
-                    self._optimizer.step(
-                        sums=self._sums_in_groups(), std=std, denominator=self._spec.expected_batch_size, key=key
-                    )
+                    step_with_noise(self._optimizer, self._book.parameters, self._sums, self._spec, std, key)
                     return
-                offset = 0
-                for name, parameter in self._book.parameters.items():
-                    total = self._sums.pop(name, None)
-                    if total is None:
-                        total = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
-                    parameter.grad = noisy_mean(
-                        total,
-                        std,
-                        divisor=self._spec.expected_batch_size,
-                        key=key,
-                        offset=offset,
-                        out_dtype=parameter.dtype,
-                    )
-                    offset += total.numel()
+                write_noisy_means(self._book.parameters, self._sums, self._spec, std, key)
             self._releasing = True
             self._optimizer.step()
         finally:
@@ -446,11 +408,6 @@ class PrivateOptimizer:
                 parameter.grad = None
             self._sums.clear()
             self._contents.released(self._book.parameters)
-
-    def _sums_in_groups(self) -> list[Tensor | None]:
-        names = {id(parameter): name for name, parameter in self._book.parameters.items()}
-        parameters = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
-        return [self._sums.get(names[id(parameter)]) for parameter in parameters]
 
     def _check_model(self) -> None:
         now = trainable_parameters(self._book.model)
@@ -477,14 +434,6 @@ class PrivateOptimizer:
             yield
         finally:
             self._lock.release()
-
-    def _epsilon_charged(self) -> float:
-        return accounting.epsilon(
-            sample_rate=self._spec.sample_rate,
-            noise_multiplier=self._spec.noise_multiplier,
-            steps=self.steps_charged,
-            delta=self._spec.delta,
-        )
 
 
 def _refuse_changed(names: list[str]) -> None:

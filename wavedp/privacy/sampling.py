@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Poisson sampling: at every step each record joins the batch independently with the public sample rate."""
+"""Poisson sampling: at every step each record joins the batch independently with the public sample rate.
+
+Truncated (arXiv 2508.15089): of a batch that comes out larger than a public bound, a uniformly random choice stays.
+"""
 
 from collections import deque
 from collections.abc import Iterator
@@ -7,6 +10,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -46,16 +50,28 @@ class PoissonSampler:
         sample_rate: the public probability q in (0, 1], from the :class:`~wavedp.privacy.PrivacySpec`;
             never computed from ``num_records``, which is a property of the private data.
         steps: number of batches.
+        truncated_batch_size: records at most in a batch, a public constant; ``None``: as many as come.
         insecure_seed: for debugging: batches become reproducible and the run gets no privacy statement.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or out of range.
     """
 
-    def __init__(self, num_records: int, sample_rate: float, steps: int, *, insecure_seed: int | None = None) -> None:
+    def __init__(
+        self,
+        num_records: int,
+        sample_rate: float,
+        steps: int,
+        *,
+        truncated_batch_size: int | None = None,
+        insecure_seed: int | None = None,
+    ) -> None:
         self._num_records = check_integer("num_records", num_records)
         self._sample_rate = check_real("sample_rate", sample_rate, above=0.0, at_most=1.0)
         self._steps = check_integer("steps", steps)
+        self._truncated_batch_size = truncated_batch_size
+        if truncated_batch_size is not None:
+            self._truncated_batch_size = check_integer("truncated_batch_size", truncated_batch_size, at_least=1)
         self._threshold = membership_threshold(self._sample_rate)
         self._entropy = Entropy(insecure_seed, "sampling")
         self._drawn = 0
@@ -83,7 +99,13 @@ class PoissonSampler:
                 f"chosen for that bound: raise the bound, and lower delta below its inverse"
             )
         steps = spec.steps if steps is None else check_integer("steps", steps, at_most=spec.steps)
-        return cls(num_records, spec.sample_rate, steps, insecure_seed=insecure_seed)
+        return cls(
+            num_records,
+            spec.sample_rate,
+            steps,
+            truncated_batch_size=spec.truncated_batch_size,
+            insecure_seed=insecure_seed,
+        )
 
     @property
     def num_records(self) -> int:
@@ -94,6 +116,11 @@ class PoissonSampler:
     def sample_rate(self) -> float:
         """The probability with which each record joins each batch."""
         return self._sample_rate
+
+    @property
+    def truncated_batch_size(self) -> int | None:
+        """Records at most in a batch; ``None``: as many as come."""
+        return self._truncated_batch_size
 
     @property
     def steps(self) -> int:
@@ -147,14 +174,26 @@ class PoissonSampler:
         return self._last_batch
 
     def _sample(self) -> Tensor:
+        members = self._joined()
+        most = self._truncated_batch_size
+        if most is None or members.size <= most:
+            return torch.from_numpy(members)
+        while True:
+            # The records with the smallest words; all choices are alike as long as no two words are.
+            words = self._entropy.words(members.size)
+            if np.unique(words).size == words.size:
+                chosen = np.argpartition(words, most - 1)[:most]
+                return torch.from_numpy(members[np.sort(chosen)])
+
+    def _joined(self) -> npt.NDArray[np.int64]:
         if self._threshold == _WORD_RANGE:
-            return torch.arange(self._num_records)
+            return np.arange(self._num_records, dtype=np.int64)
         threshold = np.uint64(self._threshold)
         members = [
             start + np.flatnonzero(self._entropy.words(min(_CHUNK, self._num_records - start)) < threshold)
             for start in range(0, self._num_records, _CHUNK)
         ]
-        return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *members]))
+        return np.concatenate([np.empty(0, dtype=np.int64), *members])
 
 
 def physical_batches(indices: Tensor, size: int) -> Iterator[Tensor]:

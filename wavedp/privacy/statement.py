@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
+from wavedp.privacy import strict
 from wavedp.privacy.noise import GRID_BITS, MAX_DEVIATION, grid_step
 from wavedp.privacy.optimizer import PrivateOptimizer
+from wavedp.privacy.spec import PrivacySpec
 
 ASSUMPTIONS = (
     "sample_rate, expected_batch_size, dataset_size_bound and all other settings are public constants, not "
@@ -26,14 +28,21 @@ ASSUMPTIONS = (
     "Batches were made of the records whose indices were given, and of nothing else.",
     "Everything else that the published model is made of (tokenizer, pre-trained weights, "
     "super-resolution) was made from public data only.",
-    "Only the parameters after each step, and the bound that adaptive clipping moves, are released. Losses, gradient "
+    "Only the parameters after each step, and what else is listed as charged, are released. Losses, gradient "
     "norms, validation scores, timings, batch sizes and the number of records are computed from private data without "
     "protection and are not covered.",
-    "Labels and prompts used for sampling from the model are public or balanced, not counted from the private data.",
     "Settings were not tuned on the private data, or the runs that tuned them are charged separately.",
     "Randomness comes from the operating system's generator; the machine, its memory and its timing are trusted.",
 )
 """What the guarantee rests on beyond what the code enforces."""
+
+PUBLIC_LABELS = (
+    "Labels and prompts used for sampling from the model are public or balanced, not counted from the private data."
+)
+COUNTED_LABELS = (
+    "Labels used for sampling from the model are public, balanced, or drawn from the charged histogram; prompts are "
+    "public. Nothing else about labels was counted from the private data."
+)
 
 _TITLES = {
     "epsilon": "epsilon (upper bound)",
@@ -52,10 +61,11 @@ _TITLES = {
 class PrivacyStatement:
     """A run's guarantee. Build it with :meth:`from_run`, which refuses runs that have none.
 
-    ``epsilon`` is the upper bound for all planned steps: it holds for a run that stopped early, for whatever
-    reason. ``epsilon_charged`` is the bound for the charged steps alone, and holds if the decision to stop
-    did not depend on the private data. ``extra_charge`` says what a step releases beyond the sum, which epsilon
-    covers as well; ``sensitivity`` and ``noise_stddev`` are those of the first step.
+    ``epsilon`` is the upper bound for all planned steps and releases: it holds for a run that stopped early, for
+    whatever reason. ``epsilon_charged`` counts the charged steps in place of the planned ones, and holds if the
+    decision to stop did not depend on the private data. ``charged`` lists what epsilon consists of. ``extra_charge``
+    says what a step releases beyond the sum, which epsilon covers as well; ``sensitivity`` and ``noise_stddev`` are
+    those of the first step.
     """
 
     mechanism: str
@@ -82,6 +92,7 @@ class PrivacyStatement:
     dataset_size_bound: int
     ledger_head: str | None
     spec_fingerprint: str
+    charged: tuple[str, ...]
     assumptions: tuple[str, ...]
     warnings: tuple[str, ...]
     versions: dict[str, str]
@@ -115,7 +126,7 @@ class PrivacyStatement:
             epsilon_charged=float(spent),
             delta=spec.delta,
             accountant=f"pessimistic PLD, dp-accounting {metadata.version('dp-accounting')}",
-            sampler="Poisson: each record independently at every step, by 64-bit words of system entropy",
+            sampler=_sampler(spec),
             sample_rate=spec.sample_rate,
             steps_planned=spec.steps,
             steps_charged=private.steps_charged,
@@ -126,11 +137,12 @@ class PrivacyStatement:
             sensitivity=spec.sensitivity,
             noise_stddev=spec.noise_stddev,
             expected_batch_size=spec.expected_batch_size,
-            noise_mode=_noise_mode(spec.noise_stddev),
+            noise_mode=_noise_mode(spec),
             dataset_size_bound=spec.dataset_size_bound,
             ledger_head=None if private.ledger is None else private.ledger.head,
             spec_fingerprint=spec.fingerprint(),
-            assumptions=(*ASSUMPTIONS, *assumptions),
+            charged=charged_by(spec),
+            assumptions=(*ASSUMPTIONS, COUNTED_LABELS if spec.releases else PUBLIC_LABELS, *assumptions),
             warnings=_warnings(private),
             versions=_versions(),
         )
@@ -144,13 +156,14 @@ class PrivacyStatement:
         width = max(len(title) for title in _TITLES.values())
         lines = ["Privacy statement", ""]
         for name, value in asdict(self).items():
-            if name in ("assumptions", "warnings"):
+            if isinstance(value, tuple):
                 continue
             if isinstance(value, dict):
                 value = ", ".join(f"{key} {version}" for key, version in value.items())
             shown = f"{value:.6g}" if isinstance(value, float) else "none" if value is None else str(value)
             lines.append(f"{_TITLES.get(name, name.replace('_', ' ')):<{width}}  {shown}")
-        for title, sentences in (("Assumptions", self.assumptions), ("Warnings", self.warnings)):
+        sections = {"Charged": self.charged, "Assumptions": self.assumptions, "Warnings": self.warnings}
+        for title, sentences in sections.items():
             lines += ["", title]
             lines += [
                 textwrap.fill(sentence, width=100, initial_indent="  - ", subsequent_indent="    ")
@@ -172,10 +185,53 @@ def _refuse_unfit(private: PrivateOptimizer) -> None:
     private.check_regular()
 
 
-def _noise_mode(std: float) -> str:
+def charged_by(spec: PrivacySpec) -> tuple[str, ...]:
+    """Return one sentence, with its parameters, for everything that epsilon consists of."""
+    batches = f"Poisson samples at rate {spec.sample_rate:.6g}"
+    if spec.truncated_batch_size is not None:
+        batches += (
+            f", cut to {spec.truncated_batch_size} records (accounted for every data set of at most "
+            f"{spec.dataset_size_bound})"
+        )
+    found = [
+        f"{spec.steps} steps: sums of clipped gradients of {batches}; Gaussian noise of multiplier "
+        f"{spec.noise_multiplier:.6g}, sensitivity {spec.sensitivity:.6g}."
+    ]
+    extra = spec.clipping.extra_charge(spec.noise_multiplier)
+    if extra is not None:
+        found.append(f"Within those steps: {extra}.")
+    if spec.label_noise_multiplier is not None:
+        found.append(
+            f"1 label histogram: the number of records of each class; Gaussian noise of multiplier "
+            f"{spec.label_noise_multiplier:.6g}, sensitivity 1. Charged whether or not it was drawn."
+        )
+    if spec.noise_mode == "strict":
+        rounding = spec.sensitivity / spec.clipping.sensitivity() - 1.0
+        found.append(
+            f"Strict noise on {spec.trainable_parameters} parameters: rounding to integers, {100 * rounding:.3g} % of "
+            f"the sensitivity above; the law of the noise, 2 * {spec.law_epsilon():.3g} of epsilon and "
+            f"{1.0 - strict.MECHANISM_SHARE:.2g} of delta."
+        )
+    return tuple(found)
+
+
+def _sampler(spec: PrivacySpec) -> str:
+    sampler = "Poisson: each record independently at every step, by 64-bit words of system entropy"
+    if spec.truncated_batch_size is None:
+        return sampler
+    return f"truncated {sampler}; of more than {spec.truncated_batch_size}, a uniformly random choice"
+
+
+def _noise_mode(spec: PrivacySpec) -> str:
+    grid = spec.grid_of(spec.noise_stddev)
+    if grid is not None:
+        return (
+            f"strict: ChaCha20 keyed by the operating system, integers in units of {grid:.6g} made from float64 "
+            f"normals; their rounding and law are charged"
+        )
     return (
-        f"standard: operating-system entropy, Box-Muller in float64 with a 64-bit radius (tail to "
-        f"{MAX_DEVIATION:.2f} sigma), noisy sum rounded to multiples of {grid_step(std):.6g} "
+        f"standard: ChaCha20 keyed by the operating system, Box-Muller with a 64-bit radius (tail to "
+        f"{MAX_DEVIATION:.2f} sigma), noisy sum rounded to multiples of {grid_step(spec.noise_stddev):.6g} "
         f"(2^-{GRID_BITS} sigma and below); a hardening against floating-point attacks, not a proof"
     )
 

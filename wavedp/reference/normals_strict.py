@@ -7,12 +7,15 @@ takes the same ones in the same order, and joins no product and sum into one ope
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 STRICT_NORMAL_ERROR = 2.0**-47
 """Bound of ``|computed - exact|`` of ``(std / grid) * normal``, in units of one standard deviation, where exact is
-Box and Muller's formula of the same words; the rounding to an integer is not counted."""
+Box and Muller's formula of the same words; the rounding to an integer is not counted. In units of 2^-53 the radius is
+at most 1.6 off, relatively, a cosine 1.6, a product 1 each; so 5.2 * 2^-53 * 10.33 < 2^-47.2 is not exceeded (a sine is
+1.8 off where it is 0.71, and makes less). The worst of 3.6e5 words, structured ones among them, was 2^-48.2."""
 
 STRICT_RADIUS_BITS, STRICT_ANGLE_BITS = 76, 52
 """Of the four words of a pair. Both numbers of a pair together show the radius to the resolution of the grid. 64 bits
@@ -61,6 +64,13 @@ def _polynomial(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     return value
 
 
+def _square_root(x: Tensor) -> Tensor:
+    """Rounded to nearest, as IEEE 754 has it: torch's root on the CPU may be MKL's, a unit off for 1 % of numbers."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(np.sqrt(x.numpy()))
+    return torch.sqrt(x)
+
+
 def _radius(high: Tensor, low: Tensor, lowest: Tensor) -> Tensor:
     """``sqrt(-2 ln u)`` of ``u = (2^44 high + 2^12 low + lowest + 1/2) 2^-76``, from ``ln u = e ln 2 + ln(1 + f)`` with
     ``1 + f`` in ``[sqrt(1/2), sqrt(2))``. ``w`` is u, or above 1/2 its distance from 1, rounded once; f is exact.
@@ -78,7 +88,7 @@ def _radius(high: Tensor, low: Tensor, lowest: Tensor) -> Tensor:
     s = f / (f + 2.0)
     z = s * s
     rest = e * LN2_LOW - s * (f - z * _polynomial(z, LOG))
-    return torch.sqrt((e * LN2_HIGH + (f + rest)) * -2.0)
+    return _square_root((e * LN2_HIGH + (f + rest)) * -2.0)
 
 
 def strict_normals_from_words(

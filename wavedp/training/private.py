@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from wavedp.data import ImageDataset
 from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, check_compatible, save_model
+from wavedp.optim import DPAdam
 from wavedp.privacy import (
     PoissonSampler,
     PrivacyLedger,
@@ -20,7 +20,10 @@ from wavedp.privacy import (
     PrivacyStatement,
     PrivateOptimizer,
     physical_batches,
+    release_label_histogram,
 )
+from wavedp.privacy.histogram import HISTOGRAM_FILE
+from wavedp.privacy.spec import LABEL_HISTOGRAM
 from wavedp.storage import load_folder, save_folder, write_bytes
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.loop import optimizer_tensors, restore_optimizer
@@ -70,7 +73,8 @@ def finetune_private(
 
     Only the model's ``num_scales`` coarsest scales are ever computed from the images. Writes ``log.csv`` (whose losses
     are NOT private), ``ledger.jsonl``, ``checkpoint/``, ``model/`` (the averaged weights), ``privacy.json`` and
-    ``privacy.txt`` in ``folder``. A run that Ctrl-C stopped leaves all of them, and the same call continues it; steps
+    ``privacy.txt`` in ``folder``, and ``label_histogram.json`` where ``spec`` charges one, released before the first
+    step. A run that Ctrl-C stopped leaves all of them, and the same call continues it; steps
     that were charged and lost in a crash stay charged, and the statement says how many.
 
     Raises ValueError when data, tokenizer, model and specification do not fit, before anything is charged.
@@ -80,14 +84,15 @@ def finetune_private(
     tokens, labels = tokenize(tokenizer, dataset, model.config.num_scales), dataset.labels
     freeze_all_but(model, config.trainable)
     model.zero_grad(set_to_none=True)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
-    average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = DPAdam(trained, lr=config.learning_rate, ema_decay=config.ema_decay)
     folder.mkdir(parents=True, exist_ok=True)
 
     from tqdm import tqdm
 
     with PrivacyLedger(folder / "ledger.jsonl", spec) as ledger:
-        released = load_private_checkpoint(folder / "checkpoint", model, optimizer, average, ledger)
+        lost_labels = _release_labels(dataset, spec, ledger, folder / HISTOGRAM_FILE)
+        released = load_private_checkpoint(folder / "checkpoint", model, optimizer, ledger)
         start = ledger.charged
         sampler = PoissonSampler.for_spec(spec, len(dataset), steps=ledger.remaining)
         log = CsvLog(folder / "log.csv", ("step", "loss_not_private"), resume_before=start)
@@ -107,9 +112,8 @@ def finetune_private(
                         total += float(losses.detach().sum())
                     private.step()
                     released += 1
-                    update_average(average, model, config.ema_decay, released)
                     if released % config.save_every == 0:
-                        save_private_checkpoint(folder / "checkpoint", model, optimizer, average, released, ledger)
+                        save_private_checkpoint(folder / "checkpoint", model, optimizer, released, ledger)
                     log.append(step=step, loss_not_private=total / max(len(indices), 1))
                     bar.update()
                     if interrupt.requested:
@@ -118,7 +122,7 @@ def finetune_private(
                 # Whatever stopped the run, the steps that were paid for are kept.
                 model.eval()
                 if released:
-                    save_private_checkpoint(folder / "checkpoint", model, optimizer, average, released, ledger)
+                    save_private_checkpoint(folder / "checkpoint", model, optimizer, released, ledger)
             if not released:
                 raise RuntimeError(
                     f"all {ledger.charged} charged steps were lost before a checkpoint; there is no fine-tuned model"
@@ -127,15 +131,27 @@ def finetune_private(
             if released < ledger.charged:
                 lost = f"{ledger.charged - released} charged steps are not in the model: a crash lost them."
                 statement = replace(statement, warnings=(*statement.warnings, lost))
+            if lost_labels:
+                statement = replace(statement, warnings=(*statement.warnings, lost_labels))
             private.close()
             with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if name in average:
-                        parameter.copy_(average[name])
+                for parameter in trained:
+                    parameter.copy_(optimizer.state[parameter]["average"])
             model.config = replace(model.config, privately_trained=True)
             save_model(model, folder / "model")
             write_statement(statement, folder)
     return statement
+
+
+def _release_labels(dataset: ImageDataset, spec: PrivacySpec, ledger: PrivacyLedger, file: Path) -> str | None:
+    """Releases and saves the label histogram, if there is one and it was not released; what to say if it was lost."""
+    if LABEL_HISTOGRAM not in spec.releases:
+        return None
+    if LABEL_HISTOGRAM not in ledger.released:
+        release_label_histogram(dataset.labels, len(dataset.classes), spec, ledger=ledger, path=file)
+    elif not file.is_file():
+        return f"The charged label histogram is not in {file.name}: a crash lost it, and it is not drawn again."
+    return None
 
 
 def _check_inputs(
@@ -180,27 +196,17 @@ def freeze_all_but(model: torch.nn.Module, pattern: str) -> None:
         raise ValueError(f"trainable={pattern!r} matches no parameter; names look like {names}")
 
 
-@torch.no_grad()
-def update_average(average: dict[str, Tensor], model: torch.nn.Module, decay: float, count: int) -> None:
-    """Exponential moving average of released weights, post-processing; ``count`` steps in, the first weigh fairly."""
-    weight = 1.0 - min(decay, count / (count + 10))
-    for name, parameter in model.named_parameters():
-        if name in average:
-            average[name].lerp_(parameter.detach(), weight)
-
-
 def save_private_checkpoint(
     folder: Path,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
     released: int,
     ledger: PrivacyLedger,
 ) -> None:
-    """Weights, their average, and Adam's moments: all of it post-processing of released steps, none of it secret."""
+    """Weights, Adam's moments, and the weights' average among them: all of it post-processing of released steps,
+    none of it secret."""
     scalars, states = optimizer_tensors(optimizer)
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in average.items()}
     tensors |= {f"optimizer.{k}": v for k, v in states.items()}
     save_folder(folder, {"released": released, "ledger_head": ledger.head, "optimizer": scalars}, tensors)
 
@@ -209,7 +215,6 @@ def load_private_checkpoint(
     folder: Path,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
     ledger: PrivacyLedger,
 ) -> int:
     """Restores `save_private_checkpoint`; returns how many released steps the weights hold, 0 without a checkpoint.
@@ -224,12 +229,10 @@ def load_private_checkpoint(
         if not ledger.contains(config["ledger_head"]):
             raise ValueError(f"its spending is not in {ledger.path}")
         model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        restored = {k[8:]: v for k, v in tensors.items() if k.startswith("average.")}
-        if restored.keys() != average.keys():
-            raise ValueError("it trained other parameters")
-        for name, value in restored.items():
-            average[name].copy_(value)
         states = {k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")}
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        if {key for key in states if key.endswith(".average")} != {f"{i}.average" for i in range(count)}:
+            raise ValueError("it trained other parameters, or was written by an earlier version")
         restore_optimizer(optimizer, config["optimizer"], states)
         return int(config["released"])
     except (KeyError, RuntimeError, ValueError) as error:

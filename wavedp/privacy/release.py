@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one private step takes and gives: the arguments of a run, checked, and clipped sums turned into noisy means."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from wavedp.functional import NoiseKey, noisy_mean
+from wavedp.optim import PrivateStep
+from wavedp.privacy.clipping import accumulation_dtype
+from wavedp.privacy.ledger import PrivacyLedger
+from wavedp.privacy.spec import PrivacySpec
+
+
+def check_run(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    spec: PrivacySpec,
+    ledger: PrivacyLedger | None,
+    *,
+    without_privacy: bool,
+    loss_reduction: str | None,
+) -> None:
+    """Raise unless the arguments of a :class:`~wavedp.privacy.PrivateOptimizer` fit each other.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, or an optimizer that cannot be driven.
+        LedgerError: the ledger was opened for another specification.
+    """
+    for name, value, kind in (
+        ("model", model, nn.Module),
+        ("optimizer", optimizer, torch.optim.Optimizer),
+        ("spec", spec, PrivacySpec),
+        ("ledger", ledger, PrivacyLedger | None),
+    ):
+        if not isinstance(value, kind):
+            wanted = getattr(kind, "__name__", str(kind))
+            raise TypeError(f"{name} must be of type {wanted}, got {type(value).__name__}")
+    if spec.noise_multiplier == 0.0 and not without_privacy:
+        raise ValueError("noise_multiplier is 0, which is not private; pass without_privacy=True if it is meant")
+    if ledger is not None:
+        ledger.check_spec(spec)
+    if loss_reduction not in (None, "mean", "sum"):
+        raise ValueError(f"loss_reduction must be 'mean', 'sum' or None, got {loss_reduction!r}")
+    frozen = (not p.requires_grad for group in optimizer.param_groups for p in group["params"])
+    if isinstance(optimizer, PrivateStep) and any(frozen):
+        raise ValueError(f"{type(optimizer).__name__} adds noise to all its parameters: leave frozen ones out of it")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS evaluates the loss several times per step, each of which would be a release")
+    if spec.trainable_parameters is not None:
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if count != spec.trainable_parameters:
+            raise ValueError(
+                f"the specification charges the rounding of {spec.trainable_parameters} trainable parameters, the "
+                f"model has {count}"
+            )
+
+
+def step_with_noise(
+    optimizer: PrivateStep,
+    parameters: Mapping[str, Tensor],
+    sums: Mapping[str, Tensor],
+    spec: PrivacySpec,
+    std: float,
+    key: NoiseKey,
+) -> None:
+    """Release by an optimizer that makes the noise while it steps."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    in_groups = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    optimizer.step(
+        sums=[sums.get(names[id(parameter)]) for parameter in in_groups],
+        std=std,
+        denominator=spec.expected_batch_size,
+        grid=spec.grid_of(std),
+        key=key,
+        noise_mode=spec.noise_mode,
+    )
+
+
+def write_noisy_means(
+    parameters: Mapping[str, Tensor], sums: dict[str, Tensor], spec: PrivacySpec, std: float, key: NoiseKey
+) -> None:
+    """Give every parameter the private mean as its ``.grad``; sums that are missing are zero, and get noise too."""
+    offset = 0
+    for name, parameter in parameters.items():
+        total = sums.pop(name, None)
+        if total is None:
+            total = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
+        parameter.grad = noisy_mean(
+            total,
+            std,
+            divisor=spec.expected_batch_size,
+            key=key,
+            offset=offset,
+            out_dtype=parameter.dtype,
+            grid=spec.grid_of(std),
+            mode=spec.noise_mode,
+        )
+        offset += total.numel()
