@@ -107,20 +107,17 @@ class PrivateStep(torch.optim.Optimizer):
         params = [p for group in self.param_groups if group["ema_decay"] is not None for p in group["params"]]
         if not params or not all("average" in self.state.get(param, {}) for param in params):
             raise RuntimeError(f"{type(self).__name__} has no averages: give it ema_decay, and make a step first")
-        before = [param.detach().clone() for param in params]
+        # Other memory, and not other contents: a private run would take those for a write to the model.
+        before = [param.data for param in params]
         self._holds_averages = True
         try:
-            self._set(params, [self.state[param]["average"] for param in params])
+            for param in params:
+                param.data = torch.empty_like(param.data).copy_(self.state[param]["average"])
             yield
         finally:
-            self._set(params, before)
+            for param, held in zip(params, before):
+                param.data = held
             self._holds_averages = False
-
-    @staticmethod
-    @torch.no_grad()
-    def _set(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        for param, value in zip(params, values):
-            param.copy_(value)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`, also that of torch's optimizer of the same rule; moments, averages and masters
