@@ -3,9 +3,8 @@
 //
 //   u = (v + 1/2) 2^-64,  theta = 2 pi (angle + 1/2) 2^-32,  (cos theta, sin theta) sqrt(-2 ln u),
 //
-// so that the largest number is sqrt(2 ln 2^65) = 9.49. In float32 by the same operations in the same order on
-// every instruction set, of which AVX2 and AVX-512 round a product and a sum once, and in float64 by the C
-// library.
+// so that the largest number is sqrt(2 ln 2^65) = 9.49. In float32 by the same multiplications and additions
+// in the same order on every instruction set, and in float64 by the C library.
 #pragma once
 
 #include <cmath>
@@ -35,21 +34,6 @@ inline Floats square_root(const Floats& x) {
 
 inline Floats signed_to_float(const Ints& x) { return __builtin_convertvector(x, Floats); }
 
-// a b + c, rounded once where the instruction set can.
-inline Floats fused(const Floats& a, const Floats& b, const Floats& c) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-inline Floats fused(const Floats& a, const Floats& b, float c) { return fused(a, b, Floats{} + c); }
-inline Floats fused(const Floats& a, float b, const Floats& c) { return fused(a, Floats{} + b, c); }
-inline Floats fused(const Floats& a, float b, float c) { return fused(a, Floats{} + b, Floats{} + c); }
-
 // A vector of pairs of numbers, in four steps: what two chains of operations can do beside a round.
 //
 // The words of the radius are taken as v or v - 2^64, whichever is nearer to 0, so that w is u or u - 1 and
@@ -64,31 +48,31 @@ struct Pairs {
   WAVEDP_INLINED void work(const Words& high, const Words& low, const Words& angle) {
     if constexpr (kStage == 0) {
       const Floats upper = signed_to_float((Ints)(high + (low >> 31)));
-      const Floats w = fused(upper, 0x1p-32f, fused(signed_to_float((Ints)low), 0x1p-64f, 0x1p-65f));
+      const Floats w = upper * 0x1p-32f + (signed_to_float((Ints)low) * 0x1p-64f + 0x1p-65f);
       const Words bits = bits_as<Words>(w < 0.0f ? w + 1.0f : w);
       const Words exponent = (bits - 0x3f3504f3u) & 0xff800000u;  // the bits of sqrt(1/2)
-      g = (Ints)exponent == 0 ? w * -2.0f : fused(bits_as<Floats>(bits - exponent), -2.0f, 2.0f);
+      g = (Ints)exponent == 0 ? w * -2.0f : bits_as<Floats>(bits - exponent) * -2.0f + 2.0f;
       e = signed_to_float((Ints)exponent);  // times 2^23
     } else if constexpr (kStage == 1) {
       turned = angle + 0x20000000u;
       x = signed_to_float((Ints)(angle << 2 | 2u)) * 0x1p-32f, z = x * x;
-      q = fused(g, 0x1.7685dep-12f, 0x1.2cb56ep-10f);
-      q = fused(q, g, 0x1.317110p-9f);
-      q = fused(q, g, 0x1.51fb44p-8f);
-      q = fused(q, g, 0x1.98b556p-7f);
+      q = g * 0x1.7685dep-12f + 0x1.2cb56ep-10f;
+      q = q * g + 0x1.317110p-9f;
+      q = q * g + 0x1.51fb44p-8f;
+      q = q * g + 0x1.98b556p-7f;
     } else if constexpr (kStage == 2) {
-      q = fused(q, g, 0x1.000f00p-5f);
-      q = fused(q, g, 0x1.55579ap-4f);
-      q = fused(q, g, 0x1.ffffc8p-3f);
-      s = fused(z, -0x1.2d9bb8p-8f, 0x1.465ec6p-4f);
-      s = fused(s, z, -0x1.4abbbap-1f);
-      s = fused(s, z, 0x1.921fb6p+0f) * x;
+      q = q * g + 0x1.000f00p-5f;
+      q = q * g + 0x1.55579ap-4f;
+      q = q * g + 0x1.ffffc8p-3f;
+      s = z * -0x1.2d9bb8p-8f + 0x1.465ec6p-4f;
+      s = s * z - 0x1.4abbbap-1f;
+      s = (s * z + 0x1.921fb6p+0f) * x;
     } else {
-      radius = square_root(fused(q * g, g, fused(e, -0x1.62e430p-23f, g)));
-      c = fused(z, 0x1.d9d57ep-11f, -0x1.55c5e0p-6f);
-      c = fused(c, z, 0x1.03c1dep-2f);
-      c = fused(c, z, -0x1.3bd3ccp+0f);
-      c = fused(c, z, 1.0f);
+      radius = square_root(q * g * g + (e * -0x1.62e430p-23f + g));
+      c = z * 0x1.d9d57ep-11f - 0x1.55c5e0p-6f;
+      c = c * z + 0x1.03c1dep-2f;
+      c = c * z - 0x1.3bd3ccp+0f;
+      c = c * z + 1.0f;
     }
   }
 

@@ -187,20 +187,14 @@ def test_float32_is_within_its_bound(implementation: str) -> None:
     assert ((near.double() - exact).abs() <= ULP * unit).all()
 
 
-def test_instruction_sets_agree(implementation: str) -> None:
-    """To the last bit where products and sums are rounded once, which the baseline cannot; float64 everywhere."""
+def test_every_instruction_set_has_the_same_bits(implementation: str) -> None:
     if implementation == "reference":
         pytest.skip("float32 arithmetic is the C++ library's; the definition rounds float64")
     native = pytest.importorskip("wavedp._csrc", reason="needs the C++ library")
-    narrow, wide = drawn(100_003, offset=77), drawn(1_003, offset=77, dtype=torch.float64)
+    found = drawn(100_003, offset=77), drawn(1_003, offset=77, dtype=torch.float64)
     native.set_isa("baseline")
-    baseline = drawn(100_003, offset=77)
-    unit = torch.from_numpy(np.spacing(baseline.abs().numpy()))
-    assert ((narrow - baseline).abs() <= 2 * ULP * unit).all()
-    assert torch.equal(wide, drawn(1_003, offset=77, dtype=torch.float64))
-    if implementation == "avx512":
-        native.set_isa("avx2")
-        assert torch.equal(narrow, drawn(100_003, offset=77))
+    assert torch.equal(found[0], drawn(100_003, offset=77))
+    assert torch.equal(found[1], drawn(1_003, offset=77, dtype=torch.float64))
 
 
 def test_splits_and_threads_do_not_show(implementation: str) -> None:

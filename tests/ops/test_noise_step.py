@@ -120,11 +120,8 @@ def test_isas_and_threads_do_not_show() -> None:
     finally:
         native.set_isa(before)
         torch.set_num_threads(threads)
-    baseline, *others = results
-    assert others
-    assert all(torch.equal(result, others[0]) for result in others)
-    # Its normals may differ in their last places: then a sum is rounded to the next step of the grid, if rarely.
-    assert (others[0] != baseline).float().mean() < 0.01
+    assert len(results) >= 2
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_a_key_of_its_own_for_every_step() -> None:
