@@ -121,7 +121,15 @@ class PrivateStep(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`, also that of torch's optimizer of the same rule; moments, averages and masters
-        keep their precision. Options that the saved groups do not have stay as they are."""
+        keep their precision. Options that the saved groups do not have stay as they are.
+
+        Raises:
+            ValueError: the groups are not those of this optimizer, or a count of steps is not one.
+        """
+        for state in state_dict["state"].values():
+            count = float(state.get("step", 0.0))
+            if not (math.isfinite(count) and count >= 0.0):
+                raise ValueError(f"the state of {type(self).__name__} has made {count} steps: it is damaged")
         before = [{name: group[name] for name in self._options} for group in self.param_groups]
         super().load_state_dict(dict(state_dict))
         for group, options in zip(self.param_groups, before):
@@ -155,6 +163,8 @@ class PrivateStep(torch.optim.Optimizer):
                     f"sum {position} of {name}.step has the shape {tuple(total.shape)} on {total.device}, but its "
                     f"parameter {tuple(param.shape)} on {param.device}"
                 )
+            if total.layout != torch.strided:
+                raise ValueError(f"sum {position} of {name}.step is {total.layout}: make it dense by .to_dense()")
             if total.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
                     f"sum {position} of {name}.step is {total.dtype}: sums are float32 or float64, as lower "
