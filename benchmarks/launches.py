@@ -270,12 +270,14 @@ def noise_step(rule: int, dtypes: tuple[torch.dtype, ...], note: str = "", **fla
         tensors = []
         for dtype in dtypes:
             real = torch.promote_types(dtype, torch.float32)
-            moments = [_empty((1 << 24,), real) if there else None for there in given]
+            first, second, largest, average = (_empty((1 << 24,), real) if there else None for there in given)
             master = _empty((1 << 24,), torch.float32) if flags.get("master") and dtype.itemsize == 2 else None
             constants = StepConstants(least_square=1.0 if flags.get("corrected") else 0.0)
             stochastic = flags.get("stochastic", False)
             total = _empty((1 << 24,), real)
-            tensors.append(StepTensor(_empty((1 << 24,), dtype), total, *moments, master, stochastic, constants))
+            param = _empty((1 << 24,), dtype)
+            moments = first, second, largest, average
+            tensors.append(StepTensor(param, total, *moments, master, stochastic, constants))
         std, grid = (1.0, 2.0**-12) if noise else (0.0, 0.0)
         return kernels.noise_step_forward(rule, tensors, std, grid, 4.0, _KEY, 0, 0, strict)
 

@@ -117,6 +117,6 @@ def kernels_of(binary: Path, capability: int) -> dict[str, MachineCode]:
             elif instruction := _INSTRUCTION.match(line):
                 current.count(instruction[2])
                 opcode, target = instruction[2].split(".")[0], _TARGET.search(instruction[3])
-                branches = opcode == "BRA" and target is not None
-                current.places.append((int(instruction[1], 16), opcode, int(target[1], 16) if branches else None))
+                branch = int(target[1], 16) if opcode == "BRA" and target else None
+                current.places.append((int(instruction[1], 16), opcode, branch))
     return found

@@ -43,14 +43,23 @@ def group_normals(kind: int) -> int:
 def device_key(key: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor]:
     """The key in the memory of a device, where kernels read it, as ``[8]`` int32; zeros once they have run.
 
-    A key that were an argument of a launch would stay in the driver's queue and in whatever records launches.
+    A key that were an argument of a launch would stay in the driver's queue and in whatever records launches; copied
+    from ordinary memory, it would stay in the driver's staging memory, so it goes through a page of its own.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured: it would keep the key, and repeat the noise.
     """
+    on_gpu = device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("noise cannot be captured in a CUDA graph: it would keep the key, and repeat the noise")
+    staged = torch.empty(8, dtype=torch.int32, pin_memory=on_gpu)
     memory = torch.empty(8, dtype=torch.int32, device=device)
     try:
-        memory.copy_(key.view(torch.int32))
+        memory.copy_(staged.copy_(key.view(torch.int32)), non_blocking=True)
         yield memory
     finally:
         memory.zero_()
+        staged.copy_(memory, non_blocking=True)  # behind the copy of the key, on the stream
 
 
 def signed(word: int) -> int:

@@ -130,23 +130,19 @@ def noise_block(key_ptr, blocks, step, KIND: tl.constexpr):
 def _radius(high, low):
     """``sqrt(-2 ln u)``, ``u = (2^32 high + low + 1/2) 2^-64``, in float32: the sequence of csrc/cpu/normals.h, whose
     comments say where its constants come from."""
-    upper_half = (high.to(tl.int32, bitcast=True) >> 31).to(tl.uint32, bitcast=True)
-    w = (high ^ upper_half).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
-    w += ((low ^ upper_half).to(tl.float32) + 0.5) * 5.421010862427522e-20
-    u = tl.where(upper_half != 0, 1.0 - w, w)
-    bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) >> 23
-    f = tl.where(exponent == 0, -w, (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0)
-    e, square = exponent.to(tl.float32), f * f
-    q = f * -0.07634474337100983 + 0.12761567533016205
-    q = q * f - 0.13160187005996704
-    q = q * f + 0.14201758801937103
-    q = q * f - 0.16623356938362122
-    q = q * f + 0.20001226663589478
-    q = q * f - 0.2500081956386566
-    q = q * f + 0.3333333134651184
-    small = (q * f * square + e * -0.00021219444170128554) - square * 0.5
-    return tl.sqrt_rn(((f + small) + e * 0.693359375) * -2.0)
+    w = low.to(tl.int32, bitcast=True).to(tl.float32) * 5.421010862427522e-20 + 2.710505431213761e-20
+    w += (high + (low >> 31)).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
+    bits = tl.where(w < 0.0, w + 1.0, w).to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23 << 23  # the bits of sqrt(1/2)
+    g = tl.where(exponent == 0, w * -2.0, (bits - exponent).to(tl.float32, bitcast=True) * -2.0 + 2.0)
+    q = g * 0.00035717288847081363 + 0.001147112692706287
+    q = q * g + 0.002330334857106209
+    q = q * g + 0.0051571885123848915
+    q = q * g + 0.0124727888032794
+    q = q * g + 0.03125715255737305
+    q = q * g + 0.0833354964852333
+    q = q * g + 0.24999958276748657
+    return tl.sqrt_rn(q * g * g + (exponent.to(tl.float32) * -1.6525916635146132e-07 + g))
 
 
 @triton.jit

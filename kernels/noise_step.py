@@ -58,6 +58,7 @@ FLOAT32 = tl.constexpr(1)
 FLOAT64 = tl.constexpr(2)
 BFLOAT16 = tl.constexpr(4)
 FLOAT16 = tl.constexpr(8)
+ABSENT = tl.constexpr(16)  # among those that occur: some tensors have none
 CODES = {torch.float32: 1, torch.float64: 2, torch.bfloat16: 4, torch.float16: 8}
 
 # A row of the second table: StepConstants, and the square of the scale of the root.
@@ -403,10 +404,10 @@ def noise_step_forward(
 def _occurring(tensors: Sequence[Any]) -> dict[str, Any]:
     """What occurs in a launch. An address of 0 says that a tensor has none of what some have."""
     params = functools.reduce(operator.or_, (CODES[one.param.dtype] for one in tensors))
-    totals = functools.reduce(operator.or_, (CODES[one.total.dtype] for one in tensors if one.total is not None), 0)
+    totals = [ABSENT.value if one.total is None else CODES[one.total.dtype] for one in tensors]
     others = (_presence([getattr(one, name) is not None for one in tensors]) for name in _MEMORY[2:])
     return {
-        "LOADS": (params, totals, *others),
+        "LOADS": (params, functools.reduce(operator.or_, totals), *others),
         "STOCHASTIC": any(one.stochastic for one in tensors),
         "CORRECTED": _presence([one.constants.least_square > 0.0 for one in tensors]),
     }

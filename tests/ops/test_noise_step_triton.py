@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import wavedp
+from wavedp.ops import use_backend
+from wavedp.ops.backend import forget_imports
 from wavedp.reference.noise_step import ADAM, SGD, StepConstants, StepTensor, noise_step_forward
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -158,6 +162,24 @@ def test_types_and_options(
     assert_near(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [None, F32, F64], ids=str)
+def test_sums_of_one_type_that_some_have(kernels: ModuleType, dtype: torch.dtype | None) -> None:
+    """Nothing is read of a sum that is not there."""
+    tensors = [
+        StepTensor(
+            torch.zeros(5),
+            torch.ones(5, dtype=dtype) if dtype and k else None,
+            *(None,) * 5,
+            False,
+            StepConstants(rate=1.0),
+        )
+        for k in range(2)
+    ]
+    kernels.noise_step_forward(SGD, tensors, 0.0, 0.0, 4.0, SECRET, 0, 0, False)
+    assert torch.equal(tensors[0].param, torch.zeros(5))
+    assert torch.equal(tensors[1].param, torch.full((5,), -0.25 if dtype else 0.0))
+
+
 @pytest.mark.parametrize("rule", [SGD, ADAM])
 def test_without_noise(kernels: ModuleType, rule: int) -> None:
     tensors = tensors_of(rule, (F32, BF16), momentum="all", from_first=1.0)
@@ -227,3 +249,21 @@ def test_what_is_not_finite_is_not_rounded_at_random(kernels: ModuleType) -> Non
     assert one.param[:2].tolist() == [float("inf"), float("-inf")]
     assert one.param[2].isnan()
     assert torch.equal(one.param[3:], given[3:])  # what bfloat16 has, no bits move
+
+
+def test_an_optimizer_steps_by_the_backend_that_is_asked_for(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wavedp.kernels.noise", kernels)
+    results = []
+    for backend in ("triton", "reference"):
+        ours = [torch.nn.Parameter(torch.ones(size)) for size in (40, 3)]
+        optimizer = wavedp.optim.DPAdamW(ours, lr=0.1, amsgrad=True, ema_decay=0.9)
+        forget_imports()
+        with use_backend(backend):
+            sums = [torch.linspace(-1, 1, 40), None]
+            optimizer.step(sums=sums, std=1.0, denominator=2.0, key=wavedp.NoiseKey.insecure(1), noise_mode="strict")
+            noise = wavedp.gaussian_noise((33,), key=wavedp.NoiseKey.insecure(2), offset=5)
+        results.append(torch.cat([*(parameter.detach() for parameter in ours), noise]))
+    forget_imports()
+    assert (results[0] - results[1]).abs().max() <= 4e-6

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from wavedp.optim import DPSGD
 from wavedp.privacy import PrivacySpec, PrivateOptimizer, contents
 
 MakeSpec = Callable[..., PrivacySpec]
@@ -186,6 +187,24 @@ def test_every_name_of_a_tied_parameter_steps(spec: MakeSpec, monkeypatch: pytes
     model.head.weight.data[0, 0] += 1.0
     with pytest.raises(RuntimeError, match=r"'embedding\.weight', 'head\.weight' of the model changed"):
         private.step()
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_a_look_at_the_averages_is_no_change(spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    if large:
+        monkeypatch.setattr(contents, "EVERY_STEP_BYTES", 0)
+    model = CodeBook()
+    optimizer = DPSGD(model.layer.parameters(), lr=0.1, ema_decay=0.9)
+    private = PrivateOptimizer(model, optimizer, spec())
+    for _ in range(3):
+        private.step()
+        before = model.layer.weight.detach().clone()
+        with optimizer.averaged():
+            assert torch.equal(model.layer.weight, optimizer.state[model.layer.weight]["average"])
+        assert torch.equal(model.layer.weight, before)
+    with optimizer.averaged(), torch.no_grad():
+        model.layer.weight.add_(1.0)
+    assert torch.equal(model.layer.weight, before)
 
 
 def test_bits_are_compared(spec: MakeSpec) -> None:

@@ -124,9 +124,9 @@ def merged(phases: Iterable[Phase]) -> tuple[Phase, ...]:
     for phase in phases:
         if not isinstance(phase, Phase):
             raise TypeError(f"phases must be Phase objects, got {type(phase).__name__}: {phase!r}")
-        plain = phase.cut_probability() == 0.0
-        cut = {"truncated_batch_size": None, "dataset_size_bound": None} if plain else {}
-        mechanism = replace(phase, steps=1, **cut)
+        mechanism = replace(phase, steps=1)
+        if phase.cut_probability() == 0.0:
+            mechanism = Phase(phase.noise_multiplier, phase.sample_rate)
         steps[mechanism] = steps.get(mechanism, 0) + phase.steps
     return tuple(
         replace(mechanism, steps=steps[mechanism])
