@@ -6,9 +6,11 @@ therefore sees the old file or the new one. Tensors are stored as safetensors, n
 model weights carries the weights' sha256 in its config, since a flipped bit in raw weights goes unnoticed otherwise.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,27 +23,52 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces ``path`` by ``content`` in one step; on OSError (disk full, no permission) the old file is kept."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Replaces ``path`` by ``content`` in one step; on OSError (disk full, no permission) the old file is kept.
+
+    ``private`` makes a file that its owner alone may read.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        _write_new(temporary, content, 0o600 if private else 0o666)
+        os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    sync_folder(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Creates ``folder`` and what is missing above it, durably."""
+    missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any, *, private: bool = False) -> None:
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode(), private=private)
 
 
 def read_json(path: Path) -> Any:
@@ -52,7 +79,9 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}); it was damaged or is not a wavedp file") from error
 
 
-def save_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def save_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, private: bool = False
+) -> None:
     """Writes ``model.safetensors``, then ``config.json`` holding ``config`` and the weights' sha256.
 
     The weights are named by their own hash until the config points at them, so that a crash between the two writes
@@ -62,8 +91,8 @@ def save_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     digest = hashlib.sha256(content).hexdigest()
     previous = _weights_file(folder)
     weights = WEIGHTS_FILE if previous is None else f"model-{digest[:16]}.safetensors"
-    write_bytes(folder / weights, content)
-    write_json(folder / CONFIG_FILE, {**config, "weights": weights, "sha256": digest})
+    write_bytes(folder / weights, content, private=private)
+    write_json(folder / CONFIG_FILE, {**config, "weights": weights, "sha256": digest}, private=private)
     if previous not in (None, weights):
         (folder / str(previous)).unlink(missing_ok=True)
 

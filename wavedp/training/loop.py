@@ -6,6 +6,7 @@ with the batches that an uninterrupted one would have seen.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wavedp.storage import load_folder, save_folder
+from wavedp.training.checkpoints import load_newest, save_generation
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.runs import CsvLog
 
@@ -125,18 +126,24 @@ def train_step(
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Weights, optimizer state and the number of finished steps, as safetensors and JSON."""
+    """Weights, optimizer state and the number of finished steps, as the next generation in ``folder``."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     scalars, states = optimizer_tensors(optimizer)
     tensors |= {f"optimizer.{k}": v for k, v in states.items()}
-    save_folder(folder, {"step": step, "optimizer": scalars}, tensors)
+    save_generation(folder, {"step": step, "optimizer": scalars}, tensors)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restores `save_checkpoint`; returns the number of finished steps, 0 when there is no checkpoint."""
-    if not (folder / "config.json").exists():
+    """Restores `save_checkpoint`; returns the number of finished steps, 0 when there is no checkpoint.
+
+    Warns of generations that were damaged and skipped.
+    """
+    found = load_newest(folder)
+    if found is None:
         return 0
-    config, tensors = load_folder(folder)
+    for sentence in found.skipped:
+        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+    config, tensors = found.config, found.tensors
     try:
         model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         states = {k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")}

@@ -45,9 +45,12 @@ class RunFolder:
 
 
 class CsvLog:
-    """Appends rows to a CSV file, flushed one by one; a resumed run drops the rows it is about to repeat."""
+    """Appends rows to a CSV file, flushed one by one; a resumed run drops the rows it is about to repeat.
 
-    def __init__(self, path: Path, columns: tuple[str, ...], *, resume_before: int = 0) -> None:
+    ``private``: only the file's owner may read it.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...], *, resume_before: int = 0, private: bool = False) -> None:
         self.path = path
         self.columns = columns
         kept = [row for row in read_log(path) if int(row["step"]) < resume_before] if path.exists() else []
@@ -55,7 +58,7 @@ class CsvLog:
         writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(kept)
-        write_bytes(path, text.getvalue().encode())
+        write_bytes(path, text.getvalue().encode(), private=private)
 
     def append(self, **row: float | int) -> None:
         values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
