@@ -107,24 +107,29 @@ class PrivateStep(torch.optim.Optimizer):
         params = [p for group in self.param_groups if group["ema_decay"] is not None for p in group["params"]]
         if not params or not all("average" in self.state.get(param, {}) for param in params):
             raise RuntimeError(f"{type(self).__name__} has no averages: give it ema_decay, and make a step first")
-        before = [param.detach().clone() for param in params]
+        # Other memory, and not other contents: a private run would take those for a write to the model.
+        before = [param.data for param in params]
         self._holds_averages = True
         try:
-            self._set(params, [self.state[param]["average"] for param in params])
+            for param in params:
+                param.data = torch.empty_like(param.data).copy_(self.state[param]["average"])
             yield
         finally:
-            self._set(params, before)
+            for param, held in zip(params, before):
+                param.data = held
             self._holds_averages = False
-
-    @staticmethod
-    @torch.no_grad()
-    def _set(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        for param, value in zip(params, values):
-            param.copy_(value)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`, also that of torch's optimizer of the same rule; moments, averages and masters
-        keep their precision. Options that the saved groups do not have stay as they are."""
+        keep their precision. Options that the saved groups do not have stay as they are.
+
+        Raises:
+            ValueError: the groups are not those of this optimizer, or a count of steps is not one.
+        """
+        for state in state_dict["state"].values():
+            count = float(state.get("step", 0.0))
+            if not (math.isfinite(count) and count >= 0.0):
+                raise ValueError(f"the state of {type(self).__name__} has made {count} steps: it is damaged")
         before = [{name: group[name] for name in self._options} for group in self.param_groups]
         super().load_state_dict(dict(state_dict))
         for group, options in zip(self.param_groups, before):
@@ -158,6 +163,8 @@ class PrivateStep(torch.optim.Optimizer):
                     f"sum {position} of {name}.step has the shape {tuple(total.shape)} on {total.device}, but its "
                     f"parameter {tuple(param.shape)} on {param.device}"
                 )
+            if total.layout != torch.strided:
+                raise ValueError(f"sum {position} of {name}.step is {total.layout}: make it dense by .to_dense()")
             if total.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
                     f"sum {position} of {name}.step is {total.dtype}: sums are float32 or float64, as lower "

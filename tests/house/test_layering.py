@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 # layer: the layers it may import, lazily or not. Arrows point right and down; a layer may skip to anything
 # further along, except past `ops`, which alone chooses between kernels, the native library and the reference.
 #
-#   cli -> {training, benchmarks}
+#   cli -> {training, audit, benchmarks}
+#   audit -> {training, models, privacy}
 #   training -> {data, models, superres, privacy} -> functional -> ops -> {kernels, native, reference}
 #   pipeline -> {models, superres}
 #   compat (other libraries' names) -> functional
@@ -25,7 +26,9 @@ PARTS = {"data", "models", "superres", "privacy", "storage", "extras"}
 ARROWS: dict[str, set[str]] = {
     "wavedp": {"functional", "ops", "pipeline", "compat", "optim"} | PARTS,  # the public face, wavedp/__init__.py
     "__main__": {"cli"},
-    "cli": {"wavedp", "training", "pipeline", "functional", "benchmarks"} | PARTS,
+    "cli": {"wavedp", "training", "pipeline", "functional", "benchmarks", "audit"} | PARTS,
+    # puts canaries through the private step of a run that training left
+    "audit": {"training", "models", "privacy", "optim", "storage", "extras"},
     # measures what lies under functional too, and training steps of the pipeline's models
     "benchmarks": {"wavedp", "functional", "optim", "ops", "reference", "kernels", "privacy", "models"},
     "training": {"wavedp", "pipeline", "functional", "optim"} | PARTS,
@@ -59,9 +62,9 @@ LAZY = {
     "triton": {"ops", "benchmarks"},
     "tqdm": {"cli", "training", "data", "privacy", "superres", "models", "pipeline"},
     "dp_accounting": {"privacy"},
-    "scipy": {"privacy", "data", "training"},
+    "scipy": {"privacy", "data", "training", "audit"},
     "PIL": {"cli", "training", "data", "superres", "pipeline"},
-    "matplotlib": {"cli", "training", "data", "benchmarks"},  # data: the fonts it ships
+    "matplotlib": {"cli", "training", "data", "benchmarks", "audit"},  # data: the fonts it ships
     "pywt": {"benchmarks"},
     "ptwt": {"benchmarks"},
     "pytorch_wavelets": {"benchmarks"},

@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": "time every op beside its rivals and beside a copy of the same bytes",
     "ledger": "what the runs of a privacy ledger have spent, and whether it was forked",
     "account": "epsilon for a noise multiplier, noise for an epsilon, or steps for an epsilon",
+    "audit": "how large epsilon is at least, by canaries through the private step of a run",
     "noise-law": "test the law of the noise on many draws",
     "precision-test": "look for what the last bits of a noisy sum tell, here and in Opacus",
 }

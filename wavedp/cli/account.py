@@ -104,7 +104,7 @@ def check(arguments: argparse.Namespace) -> None:
             "publishing one record at random would be private"
         )
     if arguments.prv:
-        import_extra("opacus.accountants", "account")
+        accounting.composed_epsilon_prv([], arguments.delta)  # raises where Opacus is missing
         if arguments.label_noise is not None or arguments.truncated_batch_size is not None:
             raise ValueError("--prv knows neither --label-noise nor --truncated-batch-size: leave it out")
     if arguments.plot:

@@ -137,10 +137,8 @@ def composed_epsilon_prv(phases: Iterable[Phase], delta: float, *, eps_error: fl
             raise ValueError("the PRV accountant does not know truncated Poisson sampling")
         if phase.sample_rate == 1.0:
             raise ValueError("the PRV accountant does not know releases from all records (sample_rate=1)")
-        if phase.noise_multiplier < pld.MIN_NOISE_MULTIPLIER:
-            raise ValueError(
-                f"noise_multiplier={phase.noise_multiplier} is below {pld.MIN_NOISE_MULTIPLIER}: nothing to compare"
-            )
+        if phase.too_little_noise():
+            raise ValueError(f"noise_multiplier={phase.noise_multiplier} is too small for the PRV accountant")
     accountant = import_extra("opacus.accountants", "account").PRVAccountant()
     if not question:
         return 0.0

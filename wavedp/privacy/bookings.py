@@ -112,7 +112,7 @@ class Bookings:
     def clipped_sums(self, factors: "Factors") -> dict[str, Tensor]:
         """The sums over records of clipped gradients, by parameter; empties the bookings."""
         sums = {}
-        for name in list(self._forms):
+        for name in reversed(list(self._forms)):  # what was booked last may still be in the cache
             (form,) = self._forms.pop(name)
             sums[name] = factors.clipped_sum(name, form)
         return sums

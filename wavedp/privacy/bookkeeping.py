@@ -73,7 +73,8 @@ class GradientBook:
         self._heard: tuple[int, Booking] | None = None  # the backward a listener waits for, by autograd's number
         self._runs: Counter[str] = Counter()  # uses of each layer since the last backward
         self._rows: int | None = None  # of the batch that the model's forward is running on
-        self._anchors: list[tuple[Place | None, Tensor]] = []  # of the taps since the model's forward began
+        self._anchor_of: dict[tuple[Place, torch.device], Tensor] = {}
+        self._anchors: dict[tuple[Place, torch.device] | None, Tensor] = {}  # of taps since the model's forward began
         self._anchor = torch.zeros((), requires_grad=True)  # of the taps in compiled graphs
         self._probe = IndependenceProbe()
         self.sample_id: Tensor | None = None
@@ -191,8 +192,12 @@ class GradientBook:
         numbers = {"": compiled.register(self, path, "")}  # before anything is compiled, which cannot register
 
         def tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:
-            output, inputs = self._for_every_record(output, inputs)
-            return self._tap((path, use, inputs.ndim), output, inputs)
+            if type(output) is not Tensor or type(inputs) is not Tensor:
+                output, inputs = self._for_every_record(output, inputs)
+                return self._tap((path, use, inputs.ndim), output, inputs)
+            with torch._C.DisableTorchFunction():  # a mode would see every attribute that is read
+                output, inputs = self._for_every_record(output, inputs)
+                return self._tap((path, use, inputs.ndim), output, inputs)
 
         def compiled_tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:
             if use not in numbers:
@@ -222,7 +227,7 @@ class GradientBook:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _look_compiled(self, output: Any) -> Any:
         if self._listener is not None:
-            self._anchors = [(None, self._anchor)]
+            self._anchors = {None: self._anchor}
             self._look_at(output)
         return output
 
@@ -245,8 +250,11 @@ class GradientBook:
     def _tap(self, place: Place, output: Tensor, inputs: Tensor) -> Tensor:
         self.note(place)
         # The anchor makes autograd reach the tap even when the layer's input needs no gradient.
-        anchor = torch.zeros((), device=output.device, requires_grad=True)
-        self._anchors.append((place, anchor))
+        device = output.device
+        anchor = self._anchor_of.get((place, device))
+        if anchor is None:
+            anchor = self._anchor_of[place, device] = torch.zeros((), device=device, requires_grad=True)
+        self._anchors[place, device] = anchor
         tapped: Tensor = Tap.apply(output, anchor, inputs.detach(), self.seen, place)  # type: ignore[no-untyped-call]
         return tapped
 
@@ -353,7 +361,7 @@ class GradientBook:
         # Where it is the turn of what was never seen to get a gradient, only what leads there is differentiated.
         unverified = self._probe.unverified()
         turn = self._probe.is_turn(*outputs)
-        anchors = [anchor for place, anchor in self._anchors if turn or place is None or place in unverified]
+        anchors = [anchor for at, anchor in self._anchors.items() if turn or at is None or at[0] in unverified]
         if anchors and (turn or unverified):
             looked = self._look(outputs, rows, full=bool(unverified), anchors=anchors)
             for tensor in outputs:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from wavedp.privacy.phases import (
     MAX_NOISE_MULTIPLIER,
     MAX_STEPS,
-    MIN_NOISE_MULTIPLIER,
     Phase,
     check_delta,
+    least_noise_multiplier,
     merged,
     total_steps,
 )
@@ -46,7 +46,7 @@ def noise_multiplier_for(
     delta = check_delta(delta, phase.steps + total_steps(others))
     if phase.steps == 0:
         raise ValueError("steps must be >= 1: no noise multiplier makes zero steps cost something")
-    least = MIN_NOISE_MULTIPLIER * (2.0 if phase.cut_probability() else 1.0)
+    least = least_noise_multiplier(phase)
 
     def at(noise_multiplier: float) -> tuple[Phase, ...]:
         return _with(phase, others, noise_multiplier=noise_multiplier)

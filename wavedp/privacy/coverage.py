@@ -107,8 +107,8 @@ def saved_buffers(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
     """Return every buffer that a state_dict would hold, with its version counter."""
     buffers = {}
     for prefix, module in model.named_modules():
-        for key, buffer in module.named_buffers(recurse=False):
-            if key not in module._non_persistent_buffers_set:
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
                 buffers[f"{prefix}.{key}" if prefix else key] = (buffer, buffer._version)
     return buffers
 
@@ -117,8 +117,8 @@ def saved_tensors(model: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
     """Return every parameter and buffer that a state_dict would hold, by name."""
     tensors: dict[str, Tensor] = {}
     for prefix, module in model.named_modules() if recurse else [("", model)]:
-        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if key not in module._non_persistent_buffers_set:
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and key not in module._non_persistent_buffers_set:
                 tensors[f"{prefix}.{key}" if prefix else key] = tensor
     return tensors
 

@@ -40,11 +40,13 @@ def release_label_histogram(
         spec: has a ``label_noise_multiplier``.
         ledger: that of the run, so that a restart does not release a second histogram.
         path: JSON file to write the counts into, durably.
-        insecure_seed: for debugging: reproducible noise, which is not private.
+        insecure_seed: for debugging: reproducible noise, which is not private. Not with a ledger, whose run could not
+            tell it from a release that is.
 
     Raises:
         TypeError: ``labels`` is not an int64 tensor.
-        ValueError: the specification has no histogram, ``labels`` does not fit it or the classes.
+        ValueError: the specification has no histogram, ``labels`` does not fit it or the classes, or there are a seed
+            and a ledger.
         RuntimeError: the ledger has charged a histogram before; its message says where that one is.
         LedgerError: the ledger is of another specification, closed, or could not be written.
     """
@@ -60,6 +62,10 @@ def release_label_histogram(
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(f"labels must be in [0, {num_classes}): the list of classes is public and fixed before")
     if ledger is not None:
+        if insecure_seed is not None:
+            raise ValueError(
+                "insecure_seed makes noise that is not private: leave out the ledger, which charges private releases"
+            )
         ledger.check_spec(spec)
         ledger.release(LABEL_HISTOGRAM, "" if path is None else os.path.abspath(path))
     std = spec.label_noise_multiplier

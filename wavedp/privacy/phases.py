@@ -82,6 +82,10 @@ class Phase:
             )
         return dp_accounting.SelfComposedDpEvent(once, self.steps)
 
+    def too_little_noise(self) -> bool:
+        """Whether epsilon is reported as infinite, as it is below 0.05, and below 0.1 where batches are cut."""
+        return self.noise_multiplier < least_noise_multiplier(self)
+
     def cut_probability(self) -> float:
         """Return an upper bound on the probability that the other records alone fill a batch; 0 if none is cut.
 
@@ -95,6 +99,11 @@ class Phase:
         if self.truncated_batch_size is None or self.dataset_size_bound is None:
             return 0.0
         return _binomial_tail(self.truncated_batch_size, self.dataset_size_bound - 1, self.sample_rate)
+
+
+def least_noise_multiplier(phase: Phase) -> float:
+    """Return the noise multiplier below which ``phase``, whatever its own, counts as not private."""
+    return MIN_NOISE_MULTIPLIER * (2.0 if phase.cut_probability() > 0.0 else 1.0)
 
 
 @functools.lru_cache(maxsize=256)
@@ -115,9 +124,9 @@ def merged(phases: Iterable[Phase]) -> tuple[Phase, ...]:
     for phase in phases:
         if not isinstance(phase, Phase):
             raise TypeError(f"phases must be Phase objects, got {type(phase).__name__}: {phase!r}")
-        plain = phase.cut_probability() == 0.0
-        cut = {"truncated_batch_size": None, "dataset_size_bound": None} if plain else {}
-        mechanism = replace(phase, steps=1, **cut)
+        mechanism = replace(phase, steps=1)
+        if phase.cut_probability() == 0.0:
+            mechanism = Phase(phase.noise_multiplier, phase.sample_rate)
         steps[mechanism] = steps.get(mechanism, 0) + phase.steps
     return tuple(
         replace(mechanism, steps=steps[mechanism])

@@ -12,6 +12,9 @@ from wavedp.privacy.clipping import accumulation_dtype
 from wavedp.privacy.ledger import PrivacyLedger
 from wavedp.privacy.spec import PrivacySpec
 
+JOINED_ENTRIES = 1 << 20
+"""Up to as many entries of several parameters get their noise in one pass."""
+
 
 def check_run(
     model: nn.Module,
@@ -81,20 +84,46 @@ def step_with_noise(
 def write_noisy_means(
     parameters: Mapping[str, Tensor], sums: dict[str, Tensor], spec: PrivacySpec, std: float, key: NoiseKey
 ) -> None:
-    """Give every parameter the private mean as its ``.grad``; sums that are missing are zero, and get noise too."""
-    offset = 0
-    for name, parameter in parameters.items():
-        total = sums.pop(name, None)
-        if total is None:
-            total = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
-        parameter.grad = noisy_mean(
-            total,
+    """Give every parameter the private mean as its ``.grad``; sums that are missing are zero, and get noise too.
+
+    Small parameters that follow one another get theirs in one pass. The noise is numbered through, so it is the same.
+    """
+    grid, offset = spec.grid_of(std), 0
+    for run in _runs(parameters, sums):
+        totals = []
+        for name, parameter in run:
+            total = sums.pop(name, None)
+            if total is None:
+                total = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
+            totals.append(total)
+        joined = totals[0] if len(run) == 1 else torch.cat([total.flatten() for total in totals])
+        mean = noisy_mean(
+            joined,
             std,
             divisor=spec.expected_batch_size,
             key=key,
             offset=offset,
-            out_dtype=parameter.dtype,
-            grid=spec.grid_of(std),
+            out_dtype=run[0][1].dtype,
+            grid=grid,
             mode=spec.noise_mode,
         )
-        offset += total.numel()
+        offset += joined.numel()
+        parts = [mean] if len(run) == 1 else mean.split([parameter.numel() for _, parameter in run])
+        for (_, parameter), part in zip(run, parts):
+            parameter.grad = part.view(parameter.shape)
+
+
+def _runs(parameters: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> list[list[tuple[str, Tensor]]]:
+    """Parameters in their order, together up to :data:`JOINED_ENTRIES` where types and device are the same."""
+    runs: list[list[tuple[str, Tensor]]] = []
+    kind: object = None
+    entries = 0
+    for name, parameter in parameters.items():
+        total = sums.get(name)
+        wide = accumulation_dtype(parameter.dtype) if total is None else total.dtype
+        if kind != (kind := (parameter.dtype, wide, parameter.device)) or entries + parameter.numel() > JOINED_ENTRIES:
+            runs.append([])
+            entries = 0
+        runs[-1].append((name, parameter))
+        entries += parameter.numel()
+    return runs

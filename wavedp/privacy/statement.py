@@ -279,6 +279,11 @@ def _warnings(private: PrivateOptimizer) -> tuple[str, ...]:
     found = []
     if private.ledger is None:
         found.append("No ledger was used: if an earlier attempt of this run was lost, it is not charged here.")
+    elif not set(private.spec.releases) <= set(private.ledger.released):
+        found.append(
+            f"The ledger records no release of {', '.join(private.spec.releases)}: what was released without it is "
+            f"charged once here, however often it was."
+        )
     if private.steps_charged < private.spec.steps:
         found.append(
             f"The run stopped after {private.steps_charged} of {private.spec.steps} steps; epsilon is for all of them."

@@ -2,6 +2,7 @@
 """The node behind each use of a booked parameter, and the two ways to take what it sees in a backward."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -148,23 +149,37 @@ def nonzero(x: Tensor) -> bool:
     return bool(((x != 0) & torch.isfinite(x)).any())
 
 
+_NOTHING: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+_has_cuda = functools.cache(torch.cuda.is_available)
+_precision: Any = getattr(
+    torch._C, "_get_fp32_precision_getter", None
+)  # what the flags below read, at a tenth of the time
+_PRODUCTS = (("generic", "all"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
+
+
 def exact_arithmetic() -> contextlib.AbstractContextManager[object]:
     """Keep norms and sums in full float32: no autocast, no TF32, no bfloat16 inside float32 products."""
     autocast = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     if not hasattr(torch.backends, "fp32_precision"):  # torch < 2.9
         if not autocast and torch.get_float32_matmul_precision() == "highest":
-            return contextlib.nullcontext()
+            return _NOTHING
         return _exact(autocast, [])
+    if _precision is not None and not (autocast or _has_cuda()) and _are_exact():
+        return _NOTHING
     backends: Any = torch.backends
     products = [backends.mkldnn.matmul, backends.mkldnn.conv]
-    if torch.cuda.is_available():
+    if _has_cuda():
         products += [backends.cuda.matmul, backends.cudnn.conv]
     inexact = [flags for flags in products if flags.fp32_precision != "ieee"]
     # "none" is what is set for all.
     exact_by_default = backends.fp32_precision in ("none", "ieee") and all(f.fp32_precision == "none" for f in inexact)
     if exact_by_default and not autocast:
-        return contextlib.nullcontext()
+        return _NOTHING
     return _exact(autocast, inexact)
+
+
+def _are_exact() -> bool:
+    return all(_precision(backend, op) in ("none", "ieee") for backend, op in _PRODUCTS)
 
 
 @contextlib.contextmanager
