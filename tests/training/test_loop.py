@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wavedp.training.checkpoints import load_newest
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.loop import TrainingConfig, fit, step_generator
 from wavedp.training.runs import CsvLog, RunFolder, read_log
@@ -57,6 +58,25 @@ def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path: Path, at: 
     rows = [{k: row[k] for k in row} for row in read_log(tmp_path / "b" / "log.csv")]
     assert [int(r["step"]) for r in rows] == sorted({int(r["step"]) for r in rows})
     assert int(rows[-1]["step"]) == 11
+
+
+def test_an_interrupt_while_a_step_is_logged_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It comes too late for that step's checkpoint, so the next step is finished too."""
+    append, rows = CsvLog.append, 0
+
+    def interrupting(log: CsvLog, **row: float) -> None:
+        nonlocal rows
+        rows += 1
+        if rows == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        append(log, **row)
+
+    monkeypatch.setattr(CsvLog, "append", interrupting)
+    broken = Regression()
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit(tmp_path)
+    assert broken.calls == 4
+    assert load_newest(tmp_path / "checkpoint").config["step"] == 4
 
 
 def test_a_finished_run_does_nothing_more(tmp_path: Path):

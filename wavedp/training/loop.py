@@ -96,7 +96,7 @@ def fit(
                 bar.update()
                 if (step + 1) % config.save_every == 0 or last:
                     save_checkpoint(folder / "checkpoint", model, optimizer, step + 1)
-                if interrupt.requested:
+                if last:  # not what was requested meanwhile, with nothing saved
                     break
     finally:
         model.eval()
