@@ -19,8 +19,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from wavedp.errors import BadFileError, InvalidValueError, MissingFileError
+from wavedp.weights_file import read_tensors
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+MAX_JSON_BYTES = 2**26
 
 
 def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
@@ -74,9 +78,13 @@ def write_json(path: Path, value: Any, *, private: bool = False) -> None:
 def read_json(path: Path) -> Any:
     """Raises FileNotFoundError, or ValueError naming the file when it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); it was damaged or is not a wavedp file") from error
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise InvalidValueError(f"larger than {MAX_JSON_BYTES} bytes")
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadFileError(f"{path} is not valid JSON ({error}); it was damaged or is not a wavedp file") from error
 
 
 def save_folder(
@@ -113,18 +121,21 @@ def load_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises FileNotFoundError when the folder holds no config, ValueError when a file is damaged.
     """
     if not (folder / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; give the folder that a wavedp run or model wrote")
+        raise MissingFileError(f"{folder} holds no {CONFIG_FILE}; give the folder that a wavedp run or model wrote")
     config = read_json(folder / CONFIG_FILE)
     if not isinstance(config, dict) or not isinstance(config.get("weights"), str):
-        raise ValueError(f"{folder / CONFIG_FILE} names no weights file; it was not written by wavedp")
-    weights = folder / Path(config.pop("weights")).name
+        raise BadFileError(f"{folder / CONFIG_FILE} names no weights file; it was not written by wavedp")
+    name = config.pop("weights")
+    if not name or Path(name).name != name or "\0" in name or "\\" in name or ":" in name:
+        raise BadFileError(f"{folder / CONFIG_FILE} names the weights {name!r}, which is no plain file name")
+    weights = folder / name
     expected = config.pop("sha256", None)
     if not weights.is_file():
-        raise FileNotFoundError(f"{weights} is missing; copy the folder again")
+        raise MissingFileError(f"{weights} is missing; copy the folder again")
     content = weights.read_bytes()
     if hashlib.sha256(content).hexdigest() != expected:
-        raise ValueError(f"{weights} does not have the sha256 in its config; the file was damaged: copy it again")
-    return config, safetensors.torch.load(content)
+        raise BadFileError(f"{weights} does not have the sha256 in its config; the file was damaged: copy it again")
+    return config, read_tensors(content, weights)
 
 
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
@@ -132,4 +143,7 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: 
     try:
         model.load_state_dict(dict(tensors))
     except RuntimeError as error:
-        raise ValueError(f"{source} does not fit its own configuration: {error}") from error
+        raise BadFileError(f"{source} does not fit its own configuration: {error}") from error
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise BadFileError(f"{source} has values in {key} that are not finite: its training diverged; take another")

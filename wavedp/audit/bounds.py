@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from wavedp.errors import InvalidValueError
 from wavedp.privacy import accounting
 from wavedp.privacy.validation import check_integer, check_real
 
@@ -73,7 +74,9 @@ def signal_lower(
     x = participations - participations.mean()
     spread = float(x @ x)
     if len(scores) < 4 or spread == 0.0:
-        raise ValueError("the z bound needs at least 4 scores, of canaries that took part unequally often: add some")
+        raise InvalidValueError(
+            "the z bound needs at least 4 scores, of canaries that took part unequally often: add some"
+        )
     slope = float(x @ scores) / spread
     residual = scores - scores.mean() - slope * x
     variance = float(residual @ residual) / (len(scores) - 2)
@@ -242,7 +245,7 @@ def one_run_bound(
     check_confidence(confidence)
     highest, lowest = check_integer("highest", highest), check_integer("lowest", lowest)
     if highest + lowest > len(scores):
-        raise ValueError(f"{highest + lowest} guesses about {len(scores)} canaries: a canary is guessed once")
+        raise InvalidValueError(f"{highest + lowest} guesses about {len(scores)} canaries: a canary is guessed once")
     order = np.argsort(scores, kind="stable")
     correct = int(members[order[len(order) - highest :]].sum()) + int((~members[order[:lowest]]).sum())
     guesses = highest + lowest

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from wavedp.errors import InvalidValueError
 from wavedp.privacy.validation import check_integer, check_real
 
 
@@ -48,7 +49,7 @@ class GradientCanaries:
         self._targets = self._find_targets(model)
         free = sum(target.parameter.numel() for target in self._targets)
         if free < self.count:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.count} canaries need as many coordinates, and the trainable Linear and Embedding layers of the "
                 f"{type(model).__name__} have {free}: use fewer canaries, or train more of the model"
             )

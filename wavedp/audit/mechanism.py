@@ -12,6 +12,7 @@ from torch import nn
 
 from wavedp.audit.bounds import Floats
 from wavedp.audit.canaries import GradientCanaries
+from wavedp.errors import InvalidValueError
 from wavedp.optim import DPAdam
 from wavedp.privacy import PoissonSampler, PrivacySpec, PrivateOptimizer, physical_batches
 from wavedp.privacy.clipping import OneGroupClipping
@@ -55,21 +56,23 @@ def auditable(spec: PrivacySpec, steps: int) -> PrivacySpec:
     """
     rule = spec.clipping
     if not isinstance(rule, OneGroupClipping) or isinstance(rule, AdaptiveClipping):
-        raise ValueError(
+        raise InvalidValueError(
             f"the audit knows rules with one fixed bound over all parameters (flat, automatic, normalised), not: "
             f"{rule.describe()}"
         )
     if spec.noise_multiplier == 0.0:
-        raise ValueError("noise_multiplier is 0: there is no guarantee to audit")
+        raise InvalidValueError("noise_multiplier is 0: there is no guarantee to audit")
     return replace(spec, steps=steps, label_noise_multiplier=None)
 
 
 def check_count(spec: PrivacySpec, canaries: int) -> None:
     """Raise a ValueError unless a data set of so many canaries is one that ``spec`` speaks of, and never cut."""
     if canaries > spec.dataset_size_bound:
-        raise ValueError(f"{canaries} canaries are more than the run's bound of {spec.dataset_size_bound} records")
+        raise InvalidValueError(
+            f"{canaries} canaries are more than the run's bound of {spec.dataset_size_bound} records"
+        )
     if spec.truncated_batch_size is not None and canaries > spec.truncated_batch_size:
-        raise ValueError(
+        raise InvalidValueError(
             f"batches of {canaries} canaries could be cut to {spec.truncated_batch_size}, and the measured noise would "
             f"not be the mechanism's: use at most {spec.truncated_batch_size} canaries"
         )

@@ -12,6 +12,7 @@ from torch import nn
 from wavedp.audit.bounds import Bound, check_confidence, guessing_bound, noise_bound, one_run_bound
 from wavedp.audit.mechanism import CanaryScores, auditable, check_count, score_canaries
 from wavedp.audit.plan import GuessingPlan, plan_guesses
+from wavedp.errors import InvalidValueError
 from wavedp.privacy import PrivacySpec
 from wavedp.privacy.validation import check_integer
 
@@ -130,7 +131,7 @@ def audit_mechanism(
     repeats = check_integer("repeats", repeats, at_least=1)
     audited = auditable(spec, check_integer("steps", spec.steps if steps is None else steps, at_least=1))
     if audited.steps > spec.steps:
-        raise ValueError(f"{audited.steps} steps are more than the run's {spec.steps}")
+        raise InvalidValueError(f"{audited.steps} steps are more than the run's {spec.steps}")
     check_count(audited, canaries)
     since = time.monotonic()
     each = 1.0 - (1.0 - confidence) / 3.0

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from wavedp.errors import InvalidValueError, MissingFileError
 from wavedp.models import AutoregressiveTransformer, load_autoregressive
 from wavedp.privacy import PrivacySpec
 from wavedp.storage import read_json
@@ -40,17 +41,17 @@ def open_run(path: Path, device: torch.device | str = "cpu") -> AuditedRun:
         if not (path / name).exists():
             inside = [folder.parent for folder in sorted(path.glob(f"*/{LEDGER}"))]
             hint = f"; {inside[0]} has a ledger" if inside else ""
-            raise FileNotFoundError(f"{path} has no {name}: give the folder of a finished 'wavedp finetune'{hint}")
+            raise MissingFileError(f"{path} has no {name}: give the folder of a finished 'wavedp finetune'{hint}")
     statement = read_json(path / STATEMENT)
     try:
         claimed = float(statement["epsilon"])
         batch_size = float(statement["expected_batch_size"])  # a resumed run may have changed it
         fingerprint = str(statement["spec_fingerprint"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / STATEMENT} is not a privacy statement: {error}") from error
+        raise InvalidValueError(f"{path / STATEMENT} is not a privacy statement: {error}") from error
     spec = replace(_recorded_spec(path / LEDGER), expected_batch_size=batch_size)
     if spec.fingerprint() != fingerprint:
-        raise ValueError(
+        raise InvalidValueError(
             f"{path / STATEMENT} was made for another specification than {path / LEDGER} has: one of them was changed "
             f"or comes from another run"
         )
@@ -66,7 +67,7 @@ def _recorded_spec(ledger: Path) -> PrivacySpec:
         header: dict[str, Any] = json.loads(line)
         return PrivacySpec.from_dict(header["spec"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{ledger} does not begin with a specification: {error}") from error
+        raise InvalidValueError(f"{ledger} does not begin with a specification: {error}") from error
 
 
 def _trainable(path: Path) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from wavedp.audit import audit_mechanism, open_run
 from wavedp.audit.plot import draw
 from wavedp.cli import arguments as shared
+from wavedp.errors import InvalidValueError
 from wavedp.extras import import_extra
 
 CANARIES = 1000
@@ -77,6 +78,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_plot(path: Path) -> None:
     import_extra("matplotlib.figure", "account")
     if path.suffix.lower() not in PLOT_FORMATS:
-        raise ValueError(f"--plot {path} must end in one of {', '.join(PLOT_FORMATS)}")
+        raise InvalidValueError(f"--plot {path} must end in one of {', '.join(PLOT_FORMATS)}")
     if not path.parent.is_dir():
-        raise ValueError(f"--plot {path}: there is no folder {path.parent}")
+        raise InvalidValueError(f"--plot {path}: there is no folder {path.parent}")

@@ -23,6 +23,7 @@ from typing import Any
 
 from wavedp.cli import arguments as shared
 from wavedp.cli.pretrain import model_folder, show_samples
+from wavedp.errors import InvalidValueError
 from wavedp.models import load_autoregressive, load_tokenizer
 from wavedp.privacy import PrivacyBudget, PrivacyLedger, PrivacySpec
 from wavedp.privacy.ledger_budget import COMPOSITIONS
@@ -125,7 +126,9 @@ def open_ledger(arguments: argparse.Namespace, spec: PrivacySpec) -> PrivacyLedg
     """The shared ledger, None where the run has one of its own."""
     if arguments.ledger is None:
         if arguments.budget or arguments.composition or arguments.run_name:
-            raise ValueError("--budget, --composition and --run-name are about a shared ledger: give --ledger FILE")
+            raise InvalidValueError(
+                "--budget, --composition and --run-name are about a shared ledger: give --ledger FILE"
+            )
         return None
     budget = None
     if arguments.budget:
@@ -133,7 +136,7 @@ def open_ledger(arguments: argparse.Namespace, spec: PrivacySpec) -> PrivacyLedg
         composition = arguments.composition or "adaptive"
         budget = PrivacyBudget(epsilon=epsilon, delta=delta, composition=composition, unit=spec.unit)
     elif arguments.composition:
-        raise ValueError("--composition is chosen with --budget, when the ledger is made")
+        raise InvalidValueError("--composition is chosen with --budget, when the ledger is made")
     name = arguments.run_name or str(arguments.out.resolve())
     return PrivacyLedger(arguments.ledger, spec, budget=budget, run=name)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from wavedp.errors import InvalidValueError, StateError
 from wavedp.privacy import compiled
 from wavedp.privacy.bookings import Bookings, Factors, RecordMap
 from wavedp.privacy.clipping import Clipping
@@ -54,9 +55,11 @@ class GradientBook:
         two_backwards: bool = False,
     ) -> None:
         if hasattr(model, "_orig_mod"):
-            raise ValueError("the model is a compiled one: make the model itself private, and compile it afterwards")
+            raise InvalidValueError(
+                "the model is a compiled one: make the model itself private, and compile it afterwards"
+            )
         if "forward" in vars(model):
-            raise ValueError(
+            raise InvalidValueError(
                 f"the {type(model).__name__} has a forward of its own (another GradientBook, or a library that wraps "
                 f"models, is attached): detach it, or attach it afterwards"
             )
@@ -157,7 +160,7 @@ class GradientBook:
         """Raise a RuntimeError if a trainable parameter holds a ``.grad``."""
         filled = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
         if filled:
-            raise RuntimeError(
+            raise StateError(
                 f"parameters {filled} were used outside their own layer's forward (such as F.linear(h, "
                 f"embedding.weight) in a method other than the model's forward), so their per-record gradients are "
                 f"not known; call the layer itself, or freeze the parameter"
@@ -209,7 +212,7 @@ class GradientBook:
             if module is not layer or not torch.is_grad_enabled():
                 return type(module).forward(module, *args, **kwargs)
             if any(getattr(layer, key) is not parameter for key, parameter in owned):
-                raise RuntimeError(
+                raise StateError(
                     f"layer {path!r} runs with other parameters than it was attached with, as in "
                     f"torch.func.functional_call: their gradients are not known"
                 )
@@ -261,7 +264,7 @@ class GradientBook:
     def seen(self, place: Place, call: Call) -> None:
         """Take what a tap saw in a backward."""
         if torch.is_grad_enabled():
-            raise RuntimeError(
+            raise StateError(
                 f"a backward with create_graph=True reached layer {place[0]!r}: the gradient of a gradient would miss "
                 f"the booked parameters, so gradient penalties cannot be trained privately"
             )
@@ -270,7 +273,7 @@ class GradientBook:
             self._taker.take(place, call)
             return
         if self._listener is None:
-            raise RuntimeError(
+            raise StateError(
                 f"a backward pass reached layer {place[0]!r} outside of private clipping; call "
                 f"PrivateOptimizer.backward(losses) with the vector of per-record losses, once per "
                 f"micro-batch, in place of loss.backward()"
@@ -281,13 +284,13 @@ class GradientBook:
             self._heard = (number, self._booking(Bookings(record_map)))
             torch.autograd.Variable._execution_engine.queue_callback(self._tell)
         if self._heard[0] != number:
-            raise RuntimeError(
+            raise StateError(
                 "a backward before this one failed, or this one runs inside another, as in a reentrant checkpoint: "
                 "drop the batch with discard(), and use checkpoint(..., use_reentrant=False)"
             )
         node: Any = torch._C._current_autograd_node()
         if node is not None and node.metadata.setdefault(_BOOKED, number) != number:
-            raise RuntimeError("a second backward through the same forward: compute the loss anew")
+            raise StateError("a second backward through the same forward: compute the loss anew")
         self._heard[1].take(place, call)
 
     def _tell(self) -> None:
@@ -297,10 +300,10 @@ class GradientBook:
         heard = self._heard[1]
         try:
             if self._two_backwards:
-                raise RuntimeError("two backwards save memory in backward(losses) alone, and not in loss.backward()")
+                raise StateError("two backwards save memory in backward(losses) alone, and not in loss.backward()")
             self._check_after()
             if heard.unverified and (heard.bookings.rows or 0) > 1:
-                raise RuntimeError(
+                raise StateError(
                     f"{_named(heard.unverified)} got gradients, and whether they keep records apart was not looked at: "
                     f"run the model by calling it, model(...), and take the loss of what it returns; or pass "
                     f"per-record losses to backward(losses)"
@@ -335,7 +338,7 @@ class GradientBook:
         ones = torch.ones_like(losses)
         self._differentiate(main, losses, ones, retain_graph=due or self._two_backwards)
         if len(losses) > 1 and main.unverified and not due:
-            raise RuntimeError(
+            raise StateError(
                 f"{_named(main.unverified)} ran first inside the backward, in a reentrant "
                 f"checkpoint, so whether they keep records apart cannot be looked at; use "
                 f"checkpoint(..., use_reentrant=False)"
@@ -396,33 +399,33 @@ class GradientBook:
 
     def _check_before(self, losses: Tensor) -> None:
         if not self.attached:
-            raise RuntimeError("this GradientBook is detached")
+            raise StateError("this GradientBook is detached")
         if losses.ndim != 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"losses must be a vector [B] with one loss per record, got shape {tuple(losses.shape)}: a "
                 f"mean or sum over the batch, or over its tokens, couples records and cannot be clipped per "
                 f"record; use reduction='none' and average over each record's own tokens"
             )
         if losses.grad_fn is None:
-            raise ValueError("losses have no graph: compute them with gradients enabled from the attached model")
+            raise InvalidValueError("losses have no graph: compute them with gradients enabled from the attached model")
         node: Any = losses.grad_fn
         if _BOOKED in node.metadata:
-            raise RuntimeError("backward through the same losses a second time: compute them anew")
+            raise StateError("backward through the same losses a second time: compute them anew")
         node.metadata[_BOOKED] = True
         if _identities(trainable_parameters(self.model)) != _identities(self.parameters):
-            raise RuntimeError(
+            raise StateError(
                 "the model's trainable parameters changed after the GradientBook was attached; freeze, "
                 "unfreeze and replace parameters before attaching"
             )
         filled = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
         if filled:
-            raise RuntimeError(f"parameters {filled} already have a .grad before the backward; set it to None")
+            raise StateError(f"parameters {filled} already have a .grad before the backward; set it to None")
 
     def _check_after(self) -> None:
         self.check_nothing_unbooked()
         for name, (buffer, version) in saved_buffers(self.model).items():
             if name not in self._buffers or self._buffers[name][0] is not buffer or self._buffers[name][1] != version:
-                raise RuntimeError(
+                raise StateError(
                     f"buffer {name!r} changed since the GradientBook was attached: a buffer that the "
                     f"forward updates would publish private data without noise; stop updating it (moving the "
                     f"model must come before attaching)"

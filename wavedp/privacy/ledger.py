@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from wavedp.errors import InvalidTypeError, InvalidValueError, MissingFileError, StateError
 from wavedp.privacy.ledger_budget import PrivacyBudget
 from wavedp.privacy.ledger_contents import LedgerContents, LedgerRun
 from wavedp.privacy.ledger_file import Entry, LedgerError, LedgerFile
@@ -70,14 +71,14 @@ class PrivacyLedger:
         run: str | None = None,
     ) -> None:
         if not isinstance(budget, PrivacyBudget | None):
-            raise TypeError(f"budget must be a PrivacyBudget, got {type(budget).__name__}")
+            raise InvalidTypeError(f"budget must be a PrivacyBudget, got {type(budget).__name__}")
         if budget is not None and run is None:
-            raise ValueError("a budget is shared by runs: name this one with run=")
+            raise InvalidValueError("a budget is shared by runs: name this one with run=")
         if run is not None and (not isinstance(run, str) or not run.strip()):
-            raise ValueError(f"run must be a name, got {run!r}")
+            raise InvalidValueError(f"run must be a name, got {run!r}")
         self.path = Path(path)
         if run is not None and budget is None and not os.path.lexists(path):
-            raise FileNotFoundError(f"there is no ledger {path}; a new one that runs share needs a budget")
+            raise MissingFileError(f"there is no ledger {path}; a new one that runs share needs a budget")
         self.spec = spec
         self._contents = LedgerContents(self.path)
         header: dict[str, Any] = {"kind": "create", "version": 1, "spec": spec.to_dict()}
@@ -175,7 +176,7 @@ class PrivacyLedger:
         """
         steps = check_integer("steps", steps, at_least=1)
         if steps > self.remaining:
-            raise RuntimeError(
+            raise StateError(
                 f"privacy budget exhausted: {steps} steps asked for, {self.remaining} of {self.spec.steps} "
                 f"left in {self.path}"
             )
@@ -193,10 +194,10 @@ class PrivacyLedger:
             LedgerError: as :meth:`reserve`.
         """
         if name not in self.spec.releases:
-            raise RuntimeError(f"the specification of {self.path} has no release {name!r}; it has {self.spec.releases}")
+            raise StateError(f"the specification of {self.path} has no release {name!r}; it has {self.spec.releases}")
         if name in self._own.released:
             saved = self._own.released[name]
-            raise RuntimeError(
+            raise StateError(
                 f"{self.path} already charged the release {name!r}, and it is not drawn again"
                 + (f": read its result in {saved}" if saved else "")
             )
@@ -213,7 +214,7 @@ class PrivacyLedger:
         self.close()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError("a PrivacyLedger cannot be copied or pickled: two writers would break its chain")
+        raise InvalidTypeError("a PrivacyLedger cannot be copied or pickled: two writers would break its chain")
 
     @property
     def _own(self) -> LedgerRun:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from wavedp.errors import InvalidValueError
 from wavedp.privacy import accounting
 from wavedp.privacy.phases import smallest_delta, total_steps
 from wavedp.privacy.spec import NEIGHBORING_RELATIONS, PrivacySpec
@@ -45,11 +46,11 @@ class PrivacyBudget:
         object.__setattr__(self, "epsilon", check_real("budget epsilon", self.epsilon, above=0.0))
         object.__setattr__(self, "delta", check_real("budget delta", self.delta, above=0.0, below=1.0))
         if self.composition not in COMPOSITIONS:
-            raise ValueError(f"composition={self.composition!r} is not known; choose one of {COMPOSITIONS}")
+            raise InvalidValueError(f"composition={self.composition!r} is not known; choose one of {COMPOSITIONS}")
         if not isinstance(self.unit, str) or not self.unit.strip():
-            raise ValueError(f"unit must say what one record is, got {self.unit!r}")
+            raise InvalidValueError(f"unit must say what one record is, got {self.unit!r}")
         if self.neighboring_relation not in NEIGHBORING_RELATIONS:
-            raise ValueError(
+            raise InvalidValueError(
                 f"neighboring_relation={self.neighboring_relation!r} is not supported; choose one of "
                 f"{NEIGHBORING_RELATIONS}"
             )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from wavedp.errors import MissingFileError, StateError
 from wavedp.storage import sync_folder
 
 _FIRST = "0" * 64
@@ -23,7 +24,7 @@ _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
 Entry = dict[str, Any]
 
 
-class LedgerError(RuntimeError):
+class LedgerError(StateError):
     """The ledger's file is damaged, belongs to another run, is in use, or cannot take what was asked for."""
 
 
@@ -51,7 +52,7 @@ class LedgerFile:
         self._process = os.getpid()
         self._file: int | None = None
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"folder {path.parent} of the privacy ledger does not exist")
+            raise MissingFileError(f"folder {path.parent} of the privacy ledger does not exist")
         try:
             if not self._create(header):
                 self._open(accept)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.privacy.validation import check_integer, check_real
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Phase:
             "steps": check_integer("steps", self.steps, at_most=MAX_STEPS),
         }
         if (self.truncated_batch_size is None) != (self.dataset_size_bound is None):
-            raise ValueError(
+            raise InvalidValueError(
                 "truncated_batch_size and dataset_size_bound come together: how often a batch is cut depends on both"
             )
         if self.truncated_batch_size is not None:
@@ -120,10 +121,12 @@ def merged(phases: Iterable[Phase]) -> tuple[Phase, ...]:
     Raises:
         TypeError: not a :class:`Phase` among them.
     """
+    if isinstance(phases, Phase):
+        raise InvalidTypeError("phases must be a list of Phase objects, got one: put it into a list")
     steps: dict[Phase, int] = {}
     for phase in phases:
         if not isinstance(phase, Phase):
-            raise TypeError(f"phases must be Phase objects, got {type(phase).__name__}: {phase!r}")
+            raise InvalidTypeError(f"phases must be Phase objects, got {type(phase).__name__}: {phase!r}")
         mechanism = replace(phase, steps=1)
         if phase.cut_probability() == 0.0:
             mechanism = Phase(phase.noise_multiplier, phase.sample_rate)
@@ -161,7 +164,7 @@ def check_delta(delta: object, steps: int) -> float:
     """Return ``delta`` as a float below 1 that can be accounted for ``steps`` releases; raises like ``check_real``."""
     number = check_real("delta", delta, above=0.0, below=1.0)
     if number < smallest_delta(steps):
-        raise ValueError(
+        raise InvalidValueError(
             f"delta={number} is too small to be accounted for {steps} steps: the smallest that works is "
             f"{smallest_delta(steps):.2g}"
         )

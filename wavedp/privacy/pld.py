@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from wavedp.errors import StateError
 from wavedp.privacy.phases import TRUNCATED_MASS, Phase, total_steps, uncertain_mass
 from wavedp.privacy.renyi import rdp_epsilon
 
@@ -38,7 +39,7 @@ def checked_epsilon(phases: tuple[Phase, ...], delta: float) -> float:
         # Many steps of small loss round up; a finer grid separates that from a defect.
         upper = upper_epsilon(phases, delta, FINE_INTERVAL / 10)
     if math.isnan(upper) or upper > limit:
-        raise RuntimeError(
+        raise StateError(
             f"accountants disagree at {', '.join(map(str, phases))}, delta={delta}: PLD gives epsilon {upper}, "
             f"Renyi {limit}; no epsilon is reported"
         )

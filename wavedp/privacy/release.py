@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.functional import NoiseKey, noisy_mean
 from wavedp.optim import PrivateStep
 from wavedp.privacy.clipping import accumulation_dtype
@@ -39,22 +40,24 @@ def check_run(
     ):
         if not isinstance(value, kind):
             wanted = getattr(kind, "__name__", str(kind))
-            raise TypeError(f"{name} must be of type {wanted}, got {type(value).__name__}")
+            raise InvalidTypeError(f"{name} must be of type {wanted}, got {type(value).__name__}")
     if spec.noise_multiplier == 0.0 and not without_privacy:
-        raise ValueError("noise_multiplier is 0, which is not private; pass without_privacy=True if it is meant")
+        raise InvalidValueError("noise_multiplier is 0, which is not private; pass without_privacy=True if it is meant")
     if ledger is not None:
         ledger.check_spec(spec)
     if loss_reduction not in (None, "mean", "sum"):
-        raise ValueError(f"loss_reduction must be 'mean', 'sum' or None, got {loss_reduction!r}")
+        raise InvalidValueError(f"loss_reduction must be 'mean', 'sum' or None, got {loss_reduction!r}")
     frozen = (not p.requires_grad for group in optimizer.param_groups for p in group["params"])
     if isinstance(optimizer, PrivateStep) and any(frozen):
-        raise ValueError(f"{type(optimizer).__name__} adds noise to all its parameters: leave frozen ones out of it")
+        raise InvalidValueError(
+            f"{type(optimizer).__name__} adds noise to all its parameters: leave frozen ones out of it"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("LBFGS evaluates the loss several times per step, each of which would be a release")
+        raise InvalidValueError("LBFGS evaluates the loss several times per step, each of which would be a release")
     if spec.trainable_parameters is not None:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if count != spec.trainable_parameters:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the specification charges the rounding of {spec.trainable_parameters} trainable parameters, the "
                 f"model has {count}"
             )

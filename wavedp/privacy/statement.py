@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
+from wavedp.errors import StateError
 from wavedp.privacy import strict
 from wavedp.privacy.ledger import PrivacyLedger
 from wavedp.privacy.noise import GRID_BITS, MAX_DEVIATION, grid_step
@@ -128,7 +129,7 @@ class PrivacyStatement:
         lower, upper = spec.epsilon_bounds()
         spent = private.privacy_spent()["epsilon_charged"]
         if not math.isfinite(upper) or spent is None:
-            raise RuntimeError(f"epsilon is {upper}: this run has no privacy guarantee to state")
+            raise StateError(f"epsilon is {upper}: this run has no privacy guarantee to state")
         ledger = private.ledger
         ledger_epsilon, ledger_delta = (None, None) if ledger is None else ledger.spent()
         return cls(
@@ -202,13 +203,13 @@ class PrivacyStatement:
 def _refuse_unfit(private: PrivateOptimizer) -> None:
     spec = private.spec
     if private.insecure:
-        raise RuntimeError("insecure_seed was used: noise or batches can be reproduced, so there is no guarantee")
+        raise StateError("insecure_seed was used: noise or batches can be reproduced, so there is no guarantee")
     if spec.noise_multiplier == 0.0:
-        raise RuntimeError("not private: noise_multiplier is 0")
+        raise StateError("not private: noise_multiplier is 0")
     if private.pending:
-        raise RuntimeError("a batch is pending: call step() or discard() before asking for the statement")
+        raise StateError("a batch is pending: call step() or discard() before asking for the statement")
     if private.steps_charged == 0:
-        raise RuntimeError("no step was charged: there is no private training to make a statement about")
+        raise StateError("no step was charged: there is no private training to make a statement about")
     private.check_regular()
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from wavedp.errors import StateError
 from wavedp.privacy.bookings import Bookings, Factors
 from wavedp.privacy.layers import Call
 from wavedp.privacy.probe import Place
@@ -108,7 +109,7 @@ class Summing:
             for name, form, _ in self._gradients(place, call):
                 if name in self._bookings.left:
                     if name in self.sums:
-                        raise RuntimeError(f"parameter {name!r} was used once in the first backward and twice in this")
+                        raise StateError(f"parameter {name!r} was used once in the first backward and twice in this")
                     form = self._bookings.of_records(form)
                     self._bookings.check_same_norms(name, form)
                     self.sums[name] = self._factors.clipped_sum(name, form)
@@ -125,7 +126,7 @@ class Look:
     def take(self, place: Place, call: Call) -> None:
         check_record_axis(place, call, len(self._outside), self._min_axes(place))
         if nonzero(call.output_grads[self._outside.to(call.output_grads.device)]):
-            raise RuntimeError(
+            raise StateError(
                 f"layer {place[0]!r}: the losses of some records depend on rows of other records, so no record's "
                 f"contribution can be bounded; give every booked layer an input whose first axis is the record "
                 f"axis, in the order of the losses (expand shared inputs such as position ids to [B, T]), and "
@@ -137,7 +138,7 @@ class Look:
 
 def check_record_axis(place: Place, call: Call, rows: int, min_axes: int) -> None:
     if call.inputs.ndim < min_axes or call.inputs.shape[0] != rows:
-        raise RuntimeError(
+        raise StateError(
             f"layer {place[0]!r} got an input of shape {tuple(call.inputs.shape)} for {rows} losses: its "
             f"first axis must be the record axis; expand inputs that records share (position ids to [B, "
             f"T]) and keep records apart from tokens ([B, T, d], not [B * T, d])"

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from wavedp.errors import InvalidValueError
 from wavedp.storage import CONFIG_FILE, load_folder, make_folder, save_folder, sync_folder
 
 KEPT = 3
@@ -74,13 +75,13 @@ def load_newest(folder: Path) -> Checkpoint | None:
         try:
             config, tensors = load_folder(path)
             if config.pop("digest", None) != _digest(config) and path != folder:
-                raise ValueError(f"{path / CONFIG_FILE} does not match its digest; it was damaged")
+                raise InvalidValueError(f"{path / CONFIG_FILE} does not match its digest; it was damaged")
         except (OSError, ValueError) as error:
             skipped.append(f"checkpoint {path.name} was skipped: {error}")
         else:
             return Checkpoint(path, config, tensors, tuple(skipped))
     if skipped:
-        raise ValueError(
+        raise InvalidValueError(
             f"{folder} holds no intact checkpoint; move it away to start again without one: {'; '.join(skipped)}"
         )
     return None

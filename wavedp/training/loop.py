@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wavedp.errors import InvalidValueError, StateError
+from wavedp.privacy.validation import check_integer, check_real
 from wavedp.training.checkpoints import load_newest, save_generation
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.runs import CsvLog
@@ -38,10 +40,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+            check_integer(name, getattr(self, name), at_least=1)
+        check_real("learning_rate", self.learning_rate, above=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -117,7 +117,7 @@ def train_step(
     torch.manual_seed(generator.initial_seed() ^ 0x5DEE_CE66)
     losses = batch_losses(generator)
     if not torch.isfinite(losses["loss"]):
-        raise RuntimeError(f"the loss is not finite at step {step}; lower the learning rate or look at the data")
+        raise StateError(f"the loss is not finite at step {step}; lower the learning rate or look at the data")
     optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()
     nn.utils.clip_grad_norm_(model.parameters(), config.gradient_norm)
@@ -150,7 +150,9 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         restore_optimizer(optimizer, config["optimizer"], states)
         return int(config["step"])
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the checkpoint in {folder} does not fit this model ({error}); use another folder") from error
+        raise InvalidValueError(
+            f"the checkpoint in {folder} does not fit this model ({error}); use another folder"
+        ) from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from wavedp.data import ImageDataset
+from wavedp.errors import InvalidValueError, StateError
 from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, check_compatible, save_model
 from wavedp.optim import DPAdam
 from wavedp.privacy import (
@@ -25,6 +26,7 @@ from wavedp.privacy import (
 )
 from wavedp.privacy.histogram import HISTOGRAM_FILE
 from wavedp.privacy.spec import LABEL_HISTOGRAM
+from wavedp.privacy.validation import check_integer, check_real
 from wavedp.storage import make_folder, write_bytes
 from wavedp.training.checkpoints import load_newest, save_generation
 from wavedp.training.interrupt import DeferredInterrupt
@@ -57,12 +59,10 @@ class PrivateTrainingConfig:
     save_every: int = 10  # steps; a crash loses the paid steps since the last checkpoint
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if self.physical_batch_size < 1 or self.save_every < 1:
-            raise ValueError("physical_batch_size and save_every must be at least 1")
+        check_real("learning_rate", self.learning_rate, above=0.0)
+        check_real("ema_decay", self.ema_decay, at_least=0.0, below=1.0)
+        for name in ("physical_batch_size", "save_every"):
+            check_integer(name, getattr(self, name), at_least=1)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -139,7 +139,7 @@ def finetune_private(
                 if released and whole:
                     save_private_checkpoint(folder / "checkpoint", model, optimizer, released, ledger)
             if not released:
-                raise RuntimeError(
+                raise StateError(
                     f"all {ledger.charged} charged steps were lost before a checkpoint; there is no fine-tuned model"
                 )
             covered = ASSUMPTIONS if ledger.budget is None else SHARED_ASSUMPTIONS
@@ -176,22 +176,22 @@ def _check_inputs(
 ) -> None:
     check_compatible(tokenizer, model.config)
     if model.config.privately_trained:
-        raise ValueError(
+        raise InvalidValueError(
             "this model was already fine-tuned on sensitive images, and a new budget would not cover that; start from "
             "the public model that 'wavedp pretrain' wrote"
         )
     if len(dataset.classes) != model.config.num_classes:
-        raise ValueError(
+        raise InvalidValueError(
             f"{dataset.name} has {len(dataset.classes)} classes, the model {model.config.num_classes}; pre-train on "
             "the same classes"
         )
     if model.config.class_names and dataset.classes != model.config.class_names:
-        raise ValueError(
+        raise InvalidValueError(
             f"the classes of {dataset.name}, {list(dataset.classes)}, are not the model's, "
             f"{list(model.config.class_names)}; name them alike and in the same order (--classes)"
         )
     if not math.isfinite(spec.epsilon()):
-        raise ValueError(f"noise_multiplier={spec.noise_multiplier:g} gives no finite epsilon; raise it")
+        raise InvalidValueError(f"noise_multiplier={spec.noise_multiplier:g} gives no finite epsilon; raise it")
 
 
 def write_statement(statement: PrivacyStatement, folder: Path) -> None:
@@ -205,12 +205,12 @@ def freeze_all_but(model: torch.nn.Module, pattern: str) -> None:
     try:
         wanted = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"trainable={pattern!r} is not a regular expression: {error}") from error
+        raise InvalidValueError(f"trainable={pattern!r} is not a regular expression: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted.match(name) is not None)
     if not any(p.requires_grad for p in model.parameters()):
         names = ", ".join(name for name, _ in list(model.named_parameters())[:4])
-        raise ValueError(f"trainable={pattern!r} matches no parameter; names look like {names}")
+        raise InvalidValueError(f"trainable={pattern!r} matches no parameter; names look like {names}")
 
 
 def export_model(model: AutoregressiveTransformer, folder: Path) -> None:
@@ -223,7 +223,9 @@ def export_model(model: AutoregressiveTransformer, folder: Path) -> None:
     shapes, expected = ({k: v.shape for k, v in t.items()} for t in (model.state_dict(), allowed))
     other = sorted(k for k in {*shapes, *expected} if shapes.get(k) != expected.get(k))
     if other:
-        raise ValueError(f"not published: {other[:5]} of the model are not what its configuration says; remove them")
+        raise InvalidValueError(
+            f"not published: {other[:5]} of the model are not what its configuration says; remove them"
+        )
     save_model(model, folder)
 
 
@@ -239,7 +241,7 @@ def save_private_checkpoint(
     scalars, states = optimizer_tensors(optimizer)
     other = {key.split(".", 1)[1] for key in [*scalars, *states]} - OPTIMIZER_STATE
     if other:
-        raise ValueError(f"the optimizer's state {sorted(other)} is not known to stem from released steps")
+        raise InvalidValueError(f"the optimizer's state {sorted(other)} is not known to stem from released steps")
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"optimizer.{k}": v for k, v in states.items()}
     config = {
@@ -271,11 +273,11 @@ def load_private_checkpoint(
     try:
         released = int(config["released"])
         if "ledger_lines" not in config and not ledger.contains(config["ledger_head"]):
-            raise ValueError(f"its spending is not in {ledger.path}")
+            raise InvalidValueError(f"its spending is not in {ledger.path}")
         if "ledger_lines" in config:
             ledger.check_history(config["ledger_head"], config["ledger_lines"])
         if config.get("run", "") != ledger.run or released > ledger.charged:
-            raise ValueError(
+            raise InvalidValueError(
                 f"it holds {released} steps of the run {config.get('run', '')!r}, and {ledger.path} charged "
                 f"{ledger.charged} to {ledger.run!r}"
             )
@@ -283,8 +285,8 @@ def load_private_checkpoint(
         states = {k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")}
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         if {key for key in states if key.endswith(".average")} != {f"{i}.average" for i in range(count)}:
-            raise ValueError("it trained other parameters, or was written by an earlier version")
+            raise InvalidValueError("it trained other parameters, or was written by an earlier version")
         restore_optimizer(optimizer, config["optimizer"], states)
         return released, found.skipped
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the checkpoint in {found.path} does not fit this run: {error}") from error
+        raise InvalidValueError(f"the checkpoint in {found.path} does not fit this run: {error}") from error

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wavedp.errors import BadFileError, InvalidValueError
 from wavedp.storage import CONFIG_FILE, read_json, write_bytes, write_json
 
 RUN_FILE = "run.json"
@@ -26,18 +27,20 @@ class RunFolder:
         stored = self.path / RUN_FILE
         if stored.exists():
             previous = read_json(stored)
+            if not isinstance(previous, dict):
+                raise BadFileError(f"{stored} is no record of a run: it was damaged; use another folder")
             changed = sorted(key for key in {*previous, *self.config} if previous.get(key) != self.config.get(key))
             if "command" in changed:
-                raise ValueError(
+                raise InvalidValueError(
                     f"{self.path} belongs to a run of 'wavedp {previous.get('command')}'; use another folder"
                 )
             if changed and not overwrite:
-                raise ValueError(
+                raise InvalidValueError(
                     f"{self.path} was started with other settings ({', '.join(changed)} differ); use another folder, "
                     "or repeat the settings to resume"
                 )
         elif (self.path / CONFIG_FILE).exists():
-            raise ValueError(f"{self.path} holds a saved model; use another folder for the run")
+            raise InvalidValueError(f"{self.path} holds a saved model; use another folder for the run")
         write_json(stored, self.config)
 
     def __truediv__(self, name: str) -> Path:
