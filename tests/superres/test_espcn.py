@@ -100,7 +100,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             superres.load("espcn", path=tmp_path)
     config_file.write_text(json.dumps({**json.loads(config), "model": {"scale": 4, "width": 16}}))
-    with pytest.raises(ValueError, match="does not fit its own configuration"):
+    with pytest.raises(ValueError, match="are not those of the espcn in its config"):
         superres.load("espcn", path=tmp_path)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):

@@ -196,7 +196,7 @@ def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         ({"config": EspcnConfig(scale=4, channels=1)}, "config is for x4, but scale is 2"),
         ({"config": EspcnConfig(scale=2, channels=3)}, "config is for 3 channels, but the images have 1"),
         ({"input_noise_std": -1.0}, "input_noise_std and input_blur_std are >= 0"),
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, "steps must be >= 1"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:
