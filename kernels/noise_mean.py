@@ -59,7 +59,10 @@ def device_key(key: torch.Tensor, device: torch.device) -> Iterator[torch.Tensor
         yield memory
     finally:
         memory.zero_()
-        staged.copy_(memory, non_blocking=True)  # behind the copy of the key, on the stream
+        if on_gpu:
+            staged.copy_(memory, non_blocking=True)  # behind the copy of the key, on the stream
+        else:
+            staged.zero_()
 
 
 def signed(word: int) -> int:
