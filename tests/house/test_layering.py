@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 # layer: the layers it may import, lazily or not. Arrows point right and down; a layer may skip to anything
 # further along, except past `ops`, which alone chooses between kernels, the native library and the reference.
 #
-#   cli -> {training, benchmarks}
+#   cli -> {training, benchmarks, selftest}
+#   selftest (planted bugs and their detectors) -> privacy and all below it; nothing but cli imports it
 #   training -> {data, models, superres, privacy} -> functional -> ops -> {kernels, native, reference}
 #   pipeline -> {models, superres}
 #   compat (other libraries' names) -> functional
@@ -25,7 +26,8 @@ PARTS = {"data", "models", "superres", "privacy", "storage", "extras"}
 ARROWS: dict[str, set[str]] = {
     "wavedp": {"functional", "ops", "pipeline", "compat", "optim"} | PARTS,  # the public face, wavedp/__init__.py
     "__main__": {"cli"},
-    "cli": {"wavedp", "training", "pipeline", "functional", "benchmarks"} | PARTS,
+    "cli": {"wavedp", "training", "pipeline", "functional", "benchmarks", "selftest"} | PARTS,
+    "selftest": {"functional", "optim", "private_step", "ops", "privacy", "storage"},
     # measures what lies under functional too, and training steps of the pipeline's models
     "benchmarks": {"wavedp", "functional", "optim", "ops", "reference", "kernels", "privacy", "models"},
     "training": {"wavedp", "pipeline", "functional"} | PARTS,

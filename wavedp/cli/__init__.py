@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": "time every op beside its rivals and beside a copy of the same bytes",
     "account": "epsilon for a noise multiplier, noise for an epsilon, or steps for an epsilon",
     "noise-law": "test the law of the noise on many draws",
+    "selftest": "plant known privacy bugs into this package, one at a time, and show that its checks catch them",
     "precision-test": "look for what the last bits of a noisy sum tell, here and in Opacus",
 }
 
