@@ -58,7 +58,7 @@ def epochs_charged_as_steps(planted: Planted) -> None:
     training_phase(planted, lambda phase: replace(phase, steps=math.ceil(phase.steps * phase.sample_rate)))
 
 
-@bug("SmartNoise #621")
+@bug("known class")
 def composition_without_last_step(planted: Planted) -> None:
     """One step of the run is not in the composition."""
     training_phase(planted, lambda phase: replace(phase, steps=max(0, phase.steps - 1)))
@@ -126,7 +126,7 @@ def strict_law_free(planted: Planted) -> None:
     planted.replace(strict, "law_epsilon", law)
 
 
-@bug("own")
+@bug("class of SmartNoise #621, #624")
 def odometer_since_resume(planted: Planted) -> None:
     """What is reported as spent leaves out what was spent before the run was resumed."""
 

@@ -53,7 +53,7 @@ def clipped_copy_unused(planted: Planted) -> None:
     planted.replace(Factors, "clipped_sum", clipped_sum)
 
 
-@bug("ordinary gradient clipping")
+@bug("known class")
 def batch_clip(planted: Planted) -> None:
     """The batch's summed gradient is clipped, not every record's."""
 
@@ -128,7 +128,7 @@ def per_parameter_norms(planted: Planted) -> None:
     planted.replace(Factors, "clipped_sum", clipped_sum)
 
 
-@bug("planted-bug literature")
+@bug("known class")
 def per_layer_full_bound(planted: Planted) -> None:
     """With clipping per layer each of K layers gets C in place of C / sqrt(K)."""
 
@@ -203,7 +203,7 @@ def stale_factors(planted: Planted) -> None:
     planted.replace(FlatClipping, "factors", factors)
 
 
-@bug("planted-bug literature")
+@bug("known class")
 def bias_unclipped(planted: Planted) -> None:
     """Biases are summed without clipping."""
 
@@ -276,7 +276,7 @@ def nan_times_zero(planted: Planted) -> None:
     def weighted_sum(original: Any, self: Materialised, factors: Tensor) -> Tensor:
         if not bool(torch.isfinite(self.grads).all()):
             planted.mark()
-        return torch.tensordot(factors, self.grads.to(factors.dtype), 1)
+        return torch.as_tensor(torch.tensordot(factors, self.grads.to(factors.dtype), 1))
 
     planted.replace(Materialised, "weighted_sum", weighted_sum)
 
@@ -295,7 +295,7 @@ def accumulation_alias(planted: Planted) -> None:
     planted.replace(PrivateOptimizer, "_add", add)
 
 
-@bug("Opacus 1.6.0 in bfloat16")
+@bug("known class")
 def sums_in_bfloat16(planted: Planted) -> None:
     """Clipped gradients are added up in the type of the parameters."""
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Planted bugs: spending that is charged late, lost, or given back; files that are believed."""
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def replace_module(planted: Planted, owner: Any, name: str, module: Any) -> None
     setattr(owner, name, module)
 
 
-@bug("every checkpointed accountant")
+@bug("checkpointed accountants")
 def charged_after_step(planted: Planted) -> None:
     """Steps are written into the ledger after the next one has begun."""
 
@@ -98,7 +99,7 @@ def failed_attempt_given_back(planted: Planted) -> None:
     planted.replace(PrivateOptimizer, "discard", discard)
 
 
-@bug("accountants in checkpoints")
+@bug("checkpointed accountants")
 def checkpoint_gives_back(planted: Planted) -> None:
     """Loading an old checkpoint gives back what was spent since."""
 
@@ -110,7 +111,7 @@ def checkpoint_gives_back(planted: Planted) -> None:
     planted.replace(PrivateOptimizer, "load_state_dict", load)
 
 
-@bug("accountants in checkpoints")
+@bug("checkpointed accountants")
 def ledger_rolled_back(planted: Planted) -> None:
     """Loading an old checkpoint rolls the ledger back to it."""
 
@@ -275,7 +276,8 @@ def pickle_executed(planted: Planted) -> None:
             return original(folder)
         except Exception:
             planted.mark()
-            return {}, torch.load(next(Path(folder).glob("*.safetensors")), weights_only=False)
+            content = next(Path(folder).glob("*.safetensors")).read_bytes()
+            return {}, torch.load(io.BytesIO(content), weights_only=False)
 
     planted.replace(storage, "load_folder", load)
 

@@ -63,12 +63,12 @@ def other_noise(planted: Planted, made: Callable[[Tensor, Tensor], Tensor]) -> N
         )
         grid = options["grid"] or functional.grid_step(std)
         noised = torch.round((total + std * made(total, normals)) / grid) * grid
-        return (noised / options["divisor"]).to(options["out_dtype"])
+        return torch.as_tensor(noised / options["divisor"], dtype=options["out_dtype"])
 
     planted.replace(release, "noisy_mean", noisy)
 
 
-@bug("planted-bug literature")
+@bug("known class")
 def no_noise(planted: Planted) -> None:
     """Sums are released as they are."""
 
@@ -78,7 +78,7 @@ def no_noise(planted: Planted) -> None:
     release_with(planted, change)
 
 
-@bug("planted-bug literature")
+@bug("known class")
 def noise_one_percent_low(planted: Planted) -> None:
     """The noise's deviation is 1 % too small."""
     release_with(planted, lambda private, spec, std: (spec, 0.99 * std))
@@ -90,7 +90,7 @@ def noise_scaled_for_mean(planted: Planted) -> None:
     release_with(planted, lambda private, spec, std: (spec, std / spec.expected_batch_size))
 
 
-@bug("planted-bug literature")
+@bug("known class")
 def noise_over_drawn_batch(planted: Planted) -> None:
     """The noise shrinks with the number of records that were drawn."""
     release_with(planted, lambda private, spec, std: (spec, std / max(1, len(private._batch._booked))))
@@ -157,7 +157,7 @@ def unreached_not_noised(planted: Planted) -> None:
     planted.replace(optimizer, "write_noisy_means", write)
 
 
-@bug("planted-bug literature")
+@bug("known class")
 def empty_batch_skipped(planted: Planted) -> None:
     """An empty batch takes no step."""
 
@@ -206,13 +206,13 @@ def bfloat16_noise(planted: Planted) -> None:
     other_noise(planted, lambda total, normals: normals.bfloat16().double())
 
 
-@bug("planted-bug literature")
+@bug("known class")
 def uniform_noise(planted: Planted) -> None:
     """Noise is uniform, of the right variance."""
     other_noise(planted, lambda total, normals: torch.erf(normals / math.sqrt(2.0)) * math.sqrt(3.0))
 
 
-@bug("planted-bug literature")
+@bug("known class")
 def tail_cut_at_4(planted: Planted) -> None:
     """Noise beyond four deviations is cut off."""
     other_noise(planted, lambda total, normals: normals.clamp(-4.0, 4.0))
@@ -296,7 +296,7 @@ def rounded_before_noise(planted: Planted) -> None:
     planted.replace(release, "noisy_mean", noisy)
 
 
-@bug("Opacus with a saved seed")
+@bug("Opacus 1.6.0, resumed under its seed")
 def same_noise_after_resume(planted: Planted) -> None:
     """Keys are numbered from the start of each process: a resumed run makes the same noise again."""
     numbers: dict[int, int] = {}
@@ -340,7 +340,7 @@ def key_not_wiped(planted: Planted) -> None:
     planted.replace(NoiseKey, "wipe", wipe)
 
 
-@bug("planted-bug literature")
+@bug("known class")
 def same_noise_for_every_tensor(planted: Planted) -> None:
     """Every tensor takes the noise's numbers from the first on."""
 
@@ -351,7 +351,7 @@ def same_noise_for_every_tensor(planted: Planted) -> None:
     planted.replace(release, "noisy_mean", noisy)
 
 
-@bug("planted-bug literature")
+@bug("known class")
 def same_noise_for_every_tensor_fused(planted: Planted) -> None:
     """An optimizer that makes the noise while it steps starts it anew for every tensor."""
 
@@ -363,7 +363,7 @@ def same_noise_for_every_tensor_fused(planted: Planted) -> None:
     planted.replace(private_step, "noise_step", step)
 
 
-@bug("planted-bug literature")
+@bug("known class")
 def same_noise_for_every_shard(planted: Planted) -> None:
     """The two halves of a large tensor get the same noise."""
 

@@ -154,7 +154,7 @@ def rows_as_records(planted: Planted) -> None:
     planted.replace(Bookings, "of_records", of_records)
 
 
-@bug("Opacus' ModuleValidator, left out")
+@bug("known class")
 def batch_norm_accepted(planted: Planted) -> None:
     """A layer that mixes the records of a batch is accepted."""
 

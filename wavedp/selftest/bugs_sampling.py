@@ -51,7 +51,7 @@ def empty_batches_drawn_again(planted: Planted) -> None:
     planted.replace(PoissonSampler, "_sample", sample)
 
 
-@bug("Chua et al. 2024; most frameworks")
+@bug("Chua et al. 2024")
 def shuffled_epochs(planted: Planted) -> None:
     """Batches are parts of a shuffled data set, accounted as Poisson samples."""
     orders: dict[int, list[np.ndarray]] = {}
@@ -91,7 +91,7 @@ def float32_membership(planted: Planted) -> None:
     planted.replace(PoissonSampler, "_joined", joined)
 
 
-@bug("Opacus' 1 / len(loader)")
+@bug("Opacus #819")
 def rate_from_data_set(planted: Planted) -> None:
     """The rate is made of the private number of records: a whole number of batches an epoch."""
 
@@ -129,7 +129,7 @@ def same_batch_every_step(planted: Planted) -> None:
     planted.replace(PoissonSampler, "_joined", joined)
 
 
-@bug("Opacus with a saved generator")
+@bug("known class")
 def same_batches_after_resume(planted: Planted) -> None:
     """A sampler that is built again draws the same batches."""
 
@@ -222,7 +222,7 @@ def foreign_record_accepted(planted: Planted) -> None:
     planted.replace(BatchTracker, "check_complete", lambda original, self: None)
 
 
-@bug("Opacus' BatchMemoryManager under an exception")
+@bug("own")
 def record_left_out_accepted(planted: Planted) -> None:
     """A batch is stepped without some of its records."""
 

@@ -253,7 +253,7 @@ class Case:
             private.announce(indices)
             private.set_sample_id(sample_id)
             losses = self.losses(rows)
-            (losses.mean() if route.backward == "mean" else losses.sum()).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(losses.mean() if route.backward == "mean" else losses.sum())
         else:
             private.backward(self.losses(rows), records=indices, sample_id=sample_id)
 

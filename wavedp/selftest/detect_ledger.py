@@ -45,7 +45,7 @@ class Watching(Recorder):
         super().__init__(params)
         self.path = path
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step()
         charged, released = on_disk(self.path), len(self.seen)
         require(charged >= released, f"{released} steps are released and {charged} charged on disk")
