@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+SOAK_MINUTES ?= 10
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
@@ -13,7 +14,7 @@ NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csr
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test soak lint types bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -23,6 +24,9 @@ demo: $(VENV)/demo.stamp ## private digits in, synthetic digits out: runs/demo, 
 
 test: $(VENV)/dev.stamp ## run the test-suite, a process a core; needs no network once installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto $(PYTEST_FLAGS)
+
+soak: $(VENV)/dev.stamp ## kill the demo's private stage at random for SOAK_MINUTES (10) and check what it left
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py --minutes $(SOAK_MINUTES)
 
 lint: $(VENV)/dev.stamp ## ruff (lint and format) and clang-format
 	$(BIN)/ruff check .

@@ -4,8 +4,8 @@
 # usage: benchmarks/gpu_check.sh OUT_DIR
 #
 # On a machine with a CUDA device: builds csrc/ with CUDA in place, runs the whole test-suite, then the benchmarks,
-# and leaves build.log, tests.log, bench.log, summary.txt and one CSV for each suite in OUT_DIR. A phase that fails or
-# outlasts its limit does not stop the next; the exit status is the worst of them. 9 minutes in all at most.
+# then a test of the noise's law, and leaves a log of each phase, summary.txt and one CSV for each suite in OUT_DIR. A phase
+# that fails or outlasts its limit does not stop the next; the exit status is the worst of them. 9 minutes in all at most.
 #
 # Needs torch, triton, nvcc, setuptools, pybind11, ninja and the test packages of pyproject.toml; no network. Packages
 # that the machine lacks are taken from wheels in .whl/ at the repository's root. PYTHON names the interpreter.
@@ -66,8 +66,11 @@ phase build 120 env WAVEDP_BUILD_CUDA=1 WAVEDP_CUDA_ARCHS="${WAVEDP_CUDA_ARCHS:-
   "$python" setup.py build_ext --inplace
 phase tests 240 "$python" -m pytest -ra --durations=10 ${workers[@]+"${workers[@]}"}
 # What takes longer than this is left to `benchmarks/run.py --device cuda`: other level counts, gradients, training.
-phase bench 180 "$python" benchmarks/run.py wavelet wavedec2-L3 waverec2-L3 coarse-L3 wavelet_tokens wavelet_untokens \
+phase bench 90 "$python" benchmarks/run.py wavelet wavedec2-L3 waverec2-L3 coarse-L3 wavelet_tokens wavelet_untokens \
   small --device cuda --out "$out"
+phase noise 40 "$python" benchmarks/run.py noise normals noisy_mean step-adamw --device cuda --out "$out"
+phase law 20 "$python" -m wavedp noise-law --draws 1e8 --device cuda
+phase dp 30 "$python" benchmarks/run.py dp ghost_norm clip_and_sum scaled_weight_grad --device cuda --out "$out"
 
 {
   nvidia-smi -L

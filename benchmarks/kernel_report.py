@@ -36,6 +36,15 @@ loops and branches counted once. Triton's tiles are pixels, rows x columns, of o
 per-sample kernels are the sizes of blocks in the order of their arguments, and the warps of a block.
 """
 
+INSTRUCTIONS = """\
+Noise, sm_90: instructions an element, read off the code, and what an H200 needs for them on paper, in picoseconds
+
+all       instructions that a lane issues (128 lanes a clock), cold paths of roots and quotients included
+int       of those, integer, comparison and selection (64 a clock)     fp64      float64 (64 a clock)
+special   approximate functions and conversions                       bytes     that must be moved, at 4.3 TB/s
+bound     the largest of the four times. 132 multiprocessors at 1.98 GHz. Nothing here was run on a GPU.
+"""
+
 
 def accesses(counts: Counter[int]) -> str:
     return " ".join(f"{counts[width]}x{width}" for width in WIDTHS if counts[width]) or "-"
@@ -95,6 +104,44 @@ def triton_rows(cases: Iterable[Case], capability: int) -> Iterator[tuple[str, .
             yield row(name, tile_of(launch), *compiled_code(launch, capability))
 
 
+# Opcodes by the unit that they wait for, and what one H200 does in a second: 132 multiprocessors at 1.98 GHz, with 128
+# instructions a clock, of which 64 are integer or comparison and 64 of float64; and memory, as measured elsewhere.
+INTEGER = {
+    *("LOP3", "SHF", "IADD3", "VIADD", "LEA", "ISETP", "FSETP", "PLOP3", "P2R", "R2P"),
+    *("FSEL", "SEL", "PRMT", "VIMNMX", "VIADDMNMX", "FMNMX", "IABS", "I2FP"),
+}
+FLOAT64 = {"DADD", "DMUL", "DFMA", "DSETP"}
+SPECIAL = {"MUFU", "F2F", "I2F", "F2I"}  # and conversions
+CLOCKS = 132 * 1.98e9
+BANDWIDTH = 4.3e12
+CHACHA_TURNS = 2  # of the loop that the rounds are left in
+
+
+def instruction_rows(cases: Iterable[Case], capability: int) -> Iterator[tuple[str, ...]]:
+    """Instructions of a lane for each of its elements, and what they and the memory take at least, in picoseconds."""
+    for case in cases:
+        if not case.numbers:
+            continue
+        for launch in case.launches(importlib.import_module(f"wavedp.kernels.{case.stem}")):
+            code, _ = compiled_code(launch, capability)
+            executed = code.executed(CHACHA_TURNS)
+            total = sum(executed.values())
+            units = [sum(executed[opcode] for opcode in unit) for unit in (INTEGER, FLOAT64, SPECIAL)]
+            counts = [n / case.numbers for n in (total, *units)]
+            times = [1e12 * x for x in (counts[0] / 128 / CLOCKS, counts[1] / 64 / CLOCKS, counts[2] / 64 / CLOCKS)]
+            memory = 1e12 * case.moved / BANDWIDTH
+            cells = (*counts, case.moved, *times, memory, max(*times, memory))
+            yield (case.name, *(f"{x:.1f}" for x in cells[:5]), *(f"{x:.2f}" for x in cells[5:]))
+
+
+def instruction_table(cases: Iterable[Case], capability: int) -> str:
+    head = ("", "all", "int", "fp64", "special", "bytes", "issue", "int", "fp64", "memory", "bound")
+    lines = [head, *instruction_rows(cases, capability)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    cells = ([c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in cells) + "\n"
+
+
 def demangled(names: list[str]) -> list[str]:
     """Names as in the source, without namespaces, parameters and casts of template arguments."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
@@ -118,6 +165,7 @@ def report() -> str:
     for capability in sorted(CAPABILITIES, key=lambda c: c != 90):
         cases = [case for case in CASES if case.main or capability == 90]
         parts.append(f"Triton, sm_{capability}\n\n{table(triton_rows(cases, capability))}")
+    parts.append(f"{INSTRUCTIONS}\n{instruction_table(CASES, 90)}")
     spec = importlib.util.find_spec("wavedp._csrc_cuda")
     if spec is None or spec.origin is None:
         parts.append("CUDA: wavedp._csrc_cuda is not built here\n")

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from wavedp.reference.noise_step import StepConstants, StepTensor
+
 CAPABILITIES = (80, 90, 100)
 
 
@@ -72,6 +74,8 @@ class Case:
     stem: str  # of the module in kernels/
     call: Callable[[ModuleType], object]
     main: bool = False  # compiled for every architecture, not only for sm_90
+    moved: float = 0.0  # of the noise: bytes that an element must move
+    numbers: int = 0  # of the noise: elements of a lane
 
     def launches(self, kernels: ModuleType) -> list[Launch]:
         """``kernels`` is the module of ``stem``, not interpreted."""
@@ -221,6 +225,69 @@ def embedding(function: str, shape: tuple[int, ...], dtype: torch.dtype, **flags
     return per_sample(function, shape, dtype, arguments, "", **flags)
 
 
+def chacha20_words(count: int, rounds: int, **flags: bool) -> Case:
+    def call(kernels: ModuleType) -> object:
+        return kernels.chacha20_words_forward(_KEY, 0, (0, 0), rounds, _empty((count,), torch.uint32))
+
+    return Case(f"chacha20_words {count} rounds {rounds}", "noise", call, flags.get("main", False), 4.0, 16)
+
+
+NARROW, WIDE, STRICT = range(3)
+
+
+def noisy_mean(count: int, dtype: torch.dtype, out_dtype: torch.dtype, kind: int, **flags: bool) -> Case:
+    """With a grid; without a total it is noise alone."""
+    grid, noise_alone = flags.get("grid", True), flags.get("noise_alone", False)
+
+    def call(kernels: ModuleType) -> object:
+        total = None if noise_alone else _empty((count,), dtype)
+        step = 2.0**-20 if grid else 0.0
+        return kernels.noisy_mean_forward(total, 1.0, step, 4.0, _KEY, 0, 0, kind, _empty((count,), out_dtype))
+
+    notes = ("", "wide", "strict")[kind], "noise alone" * noise_alone, "no grid" * (not grid)
+    types = NAMES[dtype] if out_dtype == dtype else f"{NAMES[dtype]} to {NAMES[out_dtype]}"
+    name = " ".join(filter(None, ("noisy_mean", str(count), types, *notes)))
+    moved = out_dtype.itemsize + (0 if noise_alone else dtype.itemsize)
+    return Case(name, "noise", call, flags.get("main", False), moved, 8 if kind == STRICT else 10)
+
+
+SGD, ADAM = range(2)
+
+
+def noise_step(rule: int, dtypes: tuple[torch.dtype, ...], note: str = "", **flags: bool) -> Case:
+    """A parameter of 2^24 elements of each type, with sums of float32, or of float64 for float64."""
+
+    noise, strict = flags.get("noise", True), flags.get("strict", False)
+    given = [flags.get("momentum", rule == ADAM), rule == ADAM, *(flags.get(n) for n in ("amsgrad", "average"))]
+    moved = 0.0
+    for dtype in dtypes:
+        real = torch.promote_types(dtype, torch.float32).itemsize
+        # A master is read and written in place of the parameter, which is written alone.
+        param = dtype.itemsize + 8 if flags.get("master") and dtype.itemsize == 2 else 2 * dtype.itemsize
+        moved += (param + real + 2 * real * sum(map(bool, given))) / len(dtypes)
+
+    def call(kernels: ModuleType) -> object:
+        tensors = []
+        for dtype in dtypes:
+            real = torch.promote_types(dtype, torch.float32)
+            first, second, largest, average = (_empty((1 << 24,), real) if there else None for there in given)
+            master = _empty((1 << 24,), torch.float32) if flags.get("master") and dtype.itemsize == 2 else None
+            constants = StepConstants(least_square=1.0 if flags.get("corrected") else 0.0)
+            stochastic = flags.get("stochastic", False)
+            total = _empty((1 << 24,), real)
+            param = _empty((1 << 24,), dtype)
+            moments = first, second, largest, average
+            tensors.append(StepTensor(param, total, *moments, master, stochastic, constants))
+        std, grid = (1.0, 2.0**-12) if noise else (0.0, 0.0)
+        return kernels.noise_step_forward(rule, tensors, std, grid, 4.0, _KEY, 0, 0, strict)
+
+    name = ("SGD", "Adam")[rule]
+    types = "+".join(NAMES[dtype] for dtype in dtypes)
+    name = f"noise_step {name} {types} {note}".rstrip()
+    return Case(name, "noise", call, flags.get("main", False), moved, 8 if strict else 10)
+
+
+_KEY = torch.zeros(32, dtype=torch.uint8)
 F32, BF16, F16, F64, U8 = NAMES
 ODD = (64, 3, 253, 255)
 OVER_2_31 = (48, 3, 4096, 4096)
@@ -285,4 +352,23 @@ CASES = [
     records("weighted_sum", (4096, 768), F32),
     embedding("embedding_norms", (16, 256, 768), BF16, main=True),
     *(embedding("embedding_weight_grad", (16, 256, 768), dtype, main=dtype == BF16) for dtype in (BF16, F32)),
+    chacha20_words(1 << 24, 20),
+    chacha20_words(1 << 24, 8),
+    noisy_mean(1 << 24, F32, F32, NARROW, main=True),
+    noisy_mean(1 << 24, F32, F32, NARROW, noise_alone=True, grid=False),
+    noisy_mean(1 << 24, F32, BF16, NARROW),
+    noisy_mean(1 << 24, F64, F64, WIDE),
+    noisy_mean(1 << 24, F32, F32, STRICT),
+    noisy_mean(1 << 32, F32, F32, NARROW),
+    noise_step(SGD, (F32,), main=True),
+    noise_step(SGD, (F32,), "no noise", noise=False),
+    noise_step(SGD, (F32,), "momentum", momentum=True),
+    noise_step(ADAM, (F32,), main=True),
+    noise_step(ADAM, (F32,), "no noise", noise=False),
+    noise_step(ADAM, (F32,), "strict", strict=True),
+    noise_step(ADAM, (F32,), "amsgrad corrected average", amsgrad=True, corrected=True, average=True),
+    noise_step(ADAM, (F32, BF16, F16)),
+    noise_step(ADAM, (BF16,), "master", master=True),
+    noise_step(ADAM, (BF16,), "rounded at random", stochastic=True),
+    noise_step(ADAM, (F64,)),
 ]

@@ -29,11 +29,27 @@ class MachineCode:
     tensor: int = 0  # instructions for tensor cores
     shuffles: int = 0
     barriers: int = 0  # of a block; one of a single warp is nearly free
+    places: list[tuple[int, str, int | None]] = field(default_factory=list)  # address, opcode, target of a branch
 
     def bytes_in_16(self) -> tuple[float, float]:
         """Share of the bytes loaded, and of those stored, that move 16 at a time."""
         shares = [16 * c[16] / max(sum(w * n for w, n in c.items()), 1) for c in (self.loads, self.stores)]
         return shares[0], shares[1]
+
+    def executed(self, turns: int) -> Counter[str]:
+        """Instructions of a thread that goes through all of the code once, and through loops without memory accesses
+        ``turns`` times. Cold paths (subroutines of roots and quotients) count as if taken."""
+        loops = []
+        for address, _, target in self.places:
+            if target is not None and target < address:
+                body = [opcode for place, opcode, _ in self.places if target <= place <= address]
+                if not {"LDG", "STG"} & set(body):
+                    loops.append((target, address))
+        total: Counter[str] = Counter()
+        for address, opcode, _ in self.places:
+            if opcode != "NOP":
+                total[opcode] += turns if any(first <= address <= last for first, last in loops) else 1
+        return total
 
     def count(self, opcode: str) -> None:
         name, *modifiers = opcode.split(".")
@@ -73,7 +89,8 @@ def cuobjdump() -> str | None:
 
 
 _FUNCTION = re.compile(r"^\s*Function\s*:?\s+([^\s:]+)")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)")
+_TARGET = re.compile(r"0x([0-9a-f]+)")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 
@@ -98,5 +115,8 @@ def kernels_of(binary: Path, capability: int) -> dict[str, MachineCode]:
                 current.registers, current.stack, shared = map(int, usage.groups())
                 current.shared = max(shared - (RESERVED_SHARED if capability >= 90 else 0), 0)
             elif instruction := _INSTRUCTION.match(line):
-                current.count(instruction[1])
+                current.count(instruction[2])
+                opcode, target = instruction[2].split(".")[0], _TARGET.search(instruction[3])
+                branch = int(target[1], 16) if opcode == "BRA" and target else None
+                current.places.append((int(instruction[1], 16), opcode, branch))
     return found

@@ -14,6 +14,7 @@ if (_CHECKOUT / "kernels" / "wavelet.py").is_file() and (_CHECKOUT / "csrc").is_
     # A checkout that is not installed: kernels/ lies beside wavedp/ instead of inside it.
     __path__.append(str(_CHECKOUT))
 
+from wavedp.errors import WavedpError  # noqa: E402
 from wavedp.functional import (  # noqa: E402
     NoiseKey,
     add_gaussian_noise_,
@@ -51,6 +52,7 @@ _LAZY_ATTRIBUTES = {
 _LAZY_MODULES = (
     "compat",
     "data",
+    "errors",
     "functional",
     "models",
     "ops",
@@ -67,6 +69,7 @@ __all__ = [
     "NoiseKey",
     "PrivacyEngine",
     "PrivacySpec",
+    "WavedpError",
     "add_gaussian_noise_",
     "chacha20_words",
     "clip_and_sum",

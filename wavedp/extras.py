@@ -4,6 +4,8 @@
 import importlib
 from types import ModuleType
 
+from wavedp.errors import MissingPackageError
+
 
 def import_extra(module: str, extra: str) -> ModuleType:
     """Imports ``module`` (a dotted name), which the optional dependencies called ``extra`` bring.
@@ -15,4 +17,6 @@ def import_extra(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"{package} is needed here: pip install 'wavedp[{extra}]' ({error})", name=package) from error
+        raise MissingPackageError(
+            f"{package} is needed here: pip install 'wavedp[{extra}]' ({error})", name=package
+        ) from error

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidValueError
 from wavedp.noise import (
     GRID_BITS,
     MAX_DEVIATION,
@@ -148,7 +149,7 @@ def idwt2(
             ``output_size`` or ``out`` does not fit them.
     """
     if not isinstance(coeffs, (tuple, list)) or len(coeffs) != 2:
-        raise ValueError(f"idwt2 takes (cA, (cH, cV, cD)), not {described(coeffs)}")
+        raise InvalidValueError(f"idwt2 takes (cA, (cH, cV, cD)), not {described(coeffs)}")
     bands = [coeffs[0], *_details("idwt2", coeffs[1])]
     return _composed("idwt2", bands, output_size, norm, out)
 
@@ -199,7 +200,7 @@ def waverec2(
             not fit them.
     """
     if not isinstance(coeffs, (tuple, list)) or len(coeffs) == 0:
-        raise ValueError(f"waverec2 takes [cA, (cH, cV, cD), ...], not {described(coeffs)}")
+        raise InvalidValueError(f"waverec2 takes [cA, (cH, cV, cD), ...], not {described(coeffs)}")
     if coeffs[0] is None:
         check_tensor("waverec2", None)
     bands = [coeffs[0]]
@@ -276,11 +277,11 @@ def _flat(op: str, out: Any, level: int) -> list[Tensor]:
     """The tensors of ``out`` in the order of the bands, from the structure in which ``op`` returns them."""
     structure = "(cA, (cH, cV, cD))" if op == "dwt2" else f"[cA, (cH, cV, cD), ...] of {level} levels"
     if not isinstance(out, (tuple, list)) or len(out) != level + 1:
-        raise ValueError(f"out of {op} must be {structure}, not {described(out)}")
+        raise InvalidValueError(f"out of {op} must be {structure}, not {described(out)}")
     flat = [out[0]]
     for details in out[1:]:
         if not isinstance(details, (tuple, list)) or len(details) != 3:
-            raise ValueError(f"out of {op} must be {structure}, but its details are {described(details)}")
+            raise InvalidValueError(f"out of {op} must be {structure}, but its details are {described(details)}")
         flat += details
     return flat
 
@@ -291,7 +292,7 @@ def _composed(op: str, bands: list[Any], output_size: Any, norm: str, out: Tenso
     size = None if output_size is None else size_of(op, output_size)
     given = [band for band in bands if band is not None]
     if not given:
-        raise ValueError(f"{op} takes at least one band that is not None")
+        raise InvalidValueError(f"{op} takes at least one band that is not None")
     plain = are_plain_alike(given)
     if not plain:
         for band in given:
@@ -314,7 +315,7 @@ def _composed(op: str, bands: list[Any], output_size: Any, norm: str, out: Tenso
 
 def _of_no_level(op: str, approximation: Tensor, size: tuple[int, int] | None, out: Tensor | None) -> Tensor:
     if size is not None and size != tuple(approximation.shape[-2:]):
-        raise ValueError(f"{op} of no level gives the size {tuple(approximation.shape[-2:])} of cA, not {size}")
+        raise InvalidValueError(f"{op} of no level gives the size {tuple(approximation.shape[-2:])} of cA, not {size}")
     if out is None:
         return approximation
     check_out(op, [out], [approximation.shape], approximation.dtype, [approximation])
@@ -342,7 +343,7 @@ def _fit(
             shape, cut = (*shape[:-2], height, width), (height, width)
     assert shape is not None  # one band of idwt2's four is there
     if len(shape) < 2:
-        raise ValueError(f"{op} takes bands [..., h, w], not a shape of {tuple(shape)}")
+        raise InvalidValueError(f"{op} takes bands [..., h, w], not a shape of {tuple(shape)}")
     for k in range(levels, 0, -1):
         shape = _common(op, (shape, details[levels - k]))
         assert shape is not None
@@ -356,7 +357,7 @@ def _fit(
             height, width = 2 * shape[-2], 2 * shape[-1]
         h, w = (height + 1) // 2, (width + 1) // 2
         if height < 1 or width < 1 or (h, w) != tuple(shape[-2:]):
-            raise ValueError(
+            raise InvalidValueError(
                 f"an image of {height} x {width} has bands of {h} x {w}, but these are {shape[-2]} x {shape[-1]}"
             )
         shape = (*shape[:-2], height, width)
@@ -373,7 +374,7 @@ def _common(op: str, shapes: Sequence[_Shape]) -> _Shape:
         if first is None:
             first = shape
         elif shape is not None and tuple(shape) != tuple(first):
-            raise ValueError(
+            raise InvalidValueError(
                 f"the bands of {op} must agree in shape, but one is {tuple(first)} and another {tuple(shape)}"
             )
     return first
@@ -381,5 +382,5 @@ def _common(op: str, shapes: Sequence[_Shape]) -> _Shape:
 
 def _details(op: str, details: Any) -> Sequence[Tensor | None]:
     if not isinstance(details, (tuple, list)) or len(details) != 3:
-        raise ValueError(f"{op} takes details (cH, cV, cD), not {described(details)}")
+        raise InvalidValueError(f"{op} takes details (cH, cV, cD), not {described(details)}")
     return details

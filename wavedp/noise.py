@@ -8,10 +8,12 @@ tensors part the range.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.noise_checks import (
     GRID_BITS,
     STRICT_GRID_BITS,
@@ -78,18 +80,18 @@ def chacha20_words(
     op = "chacha20_words"
     for name, value, lengths in (("key_bytes", key_bytes, (KEY_BYTES,)), ("nonce", nonce, (8, 12))):
         if not isinstance(value, (bytes, bytearray)):
-            raise TypeError(f"{op} takes {name} as bytes, not a {type(value).__name__}")
+            raise InvalidTypeError(f"{op} takes {name} as bytes, not a {type(value).__name__}")
         if len(value) not in lengths:
-            raise ValueError(f"{op} takes {' or '.join(map(str, lengths))} bytes of {name}, not {len(value)}")
+            raise InvalidValueError(f"{op} takes {' or '.join(map(str, lengths))} bytes of {name}, not {len(value)}")
     bits = 64 if len(nonce) == 8 else 32
     counter = integer_of(op, "counter", counter, most=2**bits - 1)
     count = integer_of(op, "count", count)
     if rounds not in (8, 12, 20):
-        raise ValueError(f"{op} takes 20, 12 or 8 rounds, not {rounds!r}")
+        raise InvalidValueError(f"{op} takes 20, 12 or 8 rounds, not {rounds!r}")
     if counter + -(-count // 16) > 2**bits:
-        raise ValueError(f"{op} of {count} words from block {counter} would wrap its counter of {bits} bits")
+        raise InvalidValueError(f"{op} of {count} words from block {counter} would wrap its counter of {bits} bits")
     words = tuple(int.from_bytes(nonce[k : k + 4], "little") for k in range(0, len(nonce), 4))
-    out = torch.empty(count, dtype=torch.uint32, device=device)
+    out = torch.empty(count, dtype=torch.uint32, device=_device_of(op, device))
     key = torch.frombuffer(bytearray(key_bytes), dtype=torch.uint8)
     try:
         ops.chacha20_words(key, counter, words, rounds, out)
@@ -138,9 +140,9 @@ def gaussian_noise(
     if out is None:
         dtype = torch.float32 if dtype is None else dtype
         check_wide_enough(op, dtype)
-        out = torch.empty(tuple(shape), dtype=dtype, device="cpu" if device is None else device)
+        out = torch.empty(_checked_shape(op, shape), dtype=dtype, device=_device_of(op, device))
     else:
-        _check_out(op, out, tuple(shape), dtype, device)
+        _check_out(op, out, _checked_shape(op, shape), dtype, device)
     _draw(op, None, std, 0.0, 1.0, key, step, offset, kind_of(op, out.dtype, "standard"), out)
     return out
 
@@ -228,7 +230,7 @@ def noisy_mean(
     check_wide_enough(op, total.dtype)
     dtype = total.dtype if out_dtype is None else out_dtype
     if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise ValueError(f"{op} takes out_dtype float32, float64, bfloat16 or float16, not {dtype}")
+        raise InvalidValueError(f"{op} takes out_dtype float32, float64, bfloat16 or float16, not {dtype}")
     std, divisor = real_of(op, "std", std), real_of(op, "divisor", divisor, positive=True)
     step_of_grid, kind = grid_of(op, std, grid, mode), kind_of(op, total.dtype, mode)
     out = torch.empty(total.shape, dtype=dtype, device=total.device)
@@ -254,6 +256,19 @@ def _draw(
         ops.noisy_mean(total, std, grid, divisor, secret, step, offset, kind, out)
 
 
+def _checked_shape(op: str, shape: Any) -> tuple[int, ...]:
+    if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence):
+        raise InvalidTypeError(f"{op} takes a shape as a sequence of integers, not {shape!r}")
+    return tuple(integer_of(op, "size of the shape", size) for size in shape)
+
+
+def _device_of(op: str, device: Any) -> torch.device:
+    try:
+        return torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidValueError(f"{op} takes a torch device, such as 'cpu' or 'cuda', not {device!r}") from error
+
+
 def _check_out(
     op: str, out: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> None:
@@ -261,13 +276,13 @@ def _check_out(
     check_wide_enough(op, out.dtype)
     _check_writable(op, out)
     if out.shape != shape:
-        raise ValueError(f"out of {op} must have the shape {shape}, not {tuple(out.shape)}")
+        raise InvalidValueError(f"out of {op} must have the shape {shape}, not {tuple(out.shape)}")
     if dtype not in (None, out.dtype):
-        raise ValueError(f"out of {op} is of {out.dtype}, but dtype={dtype} was asked for")
-    if device is not None and torch.empty(0, device=device).device != out.device:
-        raise ValueError(f"out of {op} is on {out.device}, but device={str(device)!r} was asked for")
+        raise InvalidValueError(f"out of {op} is of {out.dtype}, but dtype={dtype} was asked for")
+    if device is not None and torch.empty(0, device=_device_of(op, device)).device != out.device:
+        raise InvalidValueError(f"out of {op} is on {out.device}, but device={str(device)!r} was asked for")
 
 
 def _check_writable(op: str, tensor: Tensor) -> None:
     if tensor.requires_grad and tensor.is_leaf and torch.is_grad_enabled():
-        raise RuntimeError(f"{op} was called on a leaf that requires grad: call it under torch.no_grad()")
+        raise StateError(f"{op} was called on a leaf that requires grad: call it under torch.no_grad()")

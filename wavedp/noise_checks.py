@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.ops.noise import NARROW, STRICT, WIDE
 
 GRID_BITS = 12
@@ -30,7 +31,7 @@ def grid_step(std: float, mode: str = "standard") -> float:
     std = real_of("grid_step", "std", std, positive=True)
     step = math.ldexp(1.0, math.frexp(std)[1] - 1 - _bits_of("grid_step", mode))
     if not _GRID_RANGE[0] <= step <= _GRID_RANGE[1]:
-        raise ValueError(f"grid_step takes a std whose grid is in [2^-1000, 2^1000], not {std!r}")
+        raise InvalidValueError(f"grid_step takes a std whose grid is in [2^-1000, 2^1000], not {std!r}")
     return step
 
 
@@ -49,9 +50,9 @@ def grid_of(op: str, std: float, grid: Any, mode: Any) -> float:
         return grid_step(std, mode) if std > 0.0 else 0.0
     step = real_of(op, "grid", grid)
     if step != 0.0 and (math.frexp(step)[0] != 0.5 or not _GRID_RANGE[0] <= step <= _GRID_RANGE[1]):
-        raise ValueError(f"{op} takes a power of two as grid, or 0 for none, not {grid!r}")
+        raise InvalidValueError(f"{op} takes a power of two as grid, or 0 for none, not {grid!r}")
     if strict and std > 0.0 and not step <= std < math.ldexp(step, _MOST_STRICT_BITS):
-        raise ValueError(
+        raise InvalidValueError(
             f"{op}: strict noise is made of integers and takes a grid from std * 2^-{_MOST_STRICT_BITS} to std, not "
             f"{grid!r} for a std of {std!r}; leave grid out for std * 2^-{STRICT_GRID_BITS}"
         )
@@ -60,30 +61,33 @@ def grid_of(op: str, std: float, grid: Any, mode: Any) -> float:
 
 def check_wide_enough(op: str, dtype: Any) -> None:
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{op}: noise is drawn in float32 or float64, got {dtype}; round once, after adding it")
+        raise InvalidValueError(f"{op}: noise is drawn in float32 or float64, got {dtype}; round once, after adding it")
 
 
 def real_of(op: str, name: str, value: Any, *, positive: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{op} takes a real number as {name}, not {value!r}")
-    number = float(value)
+        raise InvalidTypeError(f"{op} takes a real number as {name}, not {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or number < 0.0 or (positive and number == 0.0):
-        raise ValueError(f"{op} takes a finite {name} {'> 0' if positive else '>= 0'}, not {number!r}")
+        raise InvalidValueError(f"{op} takes a finite {name} {'> 0' if positive else '>= 0'}, not {number!r}")
     return number
 
 
 def integer_of(op: str, name: str, value: Any, *, most: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{op} takes an integer as {name}, not {value!r}")
+        raise InvalidTypeError(f"{op} takes an integer as {name}, not {value!r}")
     number = int(value)
     if number < 0 or (most is not None and number > most):
         limit = "" if most is None else f" and at most {most}"
-        raise ValueError(f"{op} takes a {name} of at least 0{limit}, not {number}")
+        raise InvalidValueError(f"{op} takes a {name} of at least 0{limit}, not {number}")
     return number
 
 
 def _bits_of(op: str, mode: Any) -> int:
     bits = _MODES.get(mode) if isinstance(mode, str) else None
     if bits is None:
-        raise ValueError(f"{op} takes the mode 'standard' or 'strict', not {mode!r}")
+        raise InvalidValueError(f"{op} takes the mode 'standard' or 'strict', not {mode!r}")
     return bits

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, StateError
 from wavedp.noise_checks import integer_of
 
 KEY_BYTES = 32
@@ -36,7 +37,7 @@ class NoiseKey:
     _process: int
 
     def __init__(self) -> None:
-        raise TypeError("a NoiseKey is made by NoiseKey.from_os(), or for debugging by NoiseKey.insecure(seed)")
+        raise InvalidTypeError("a NoiseKey is made by NoiseKey.from_os(), or for debugging by NoiseKey.insecure(seed)")
 
     @classmethod
     def _blank(cls, insecure: bool) -> tuple["NoiseKey", memoryview]:
@@ -89,9 +90,9 @@ class NoiseKey:
     def _bytes(self) -> Tensor:  # [32] uint8, the key's own memory
         if os.getpid() != self._process:
             self.wipe()
-            raise RuntimeError("this NoiseKey belongs to another process: draw a new one after forking")
+            raise StateError("this NoiseKey belongs to another process: draw a new one after forking")
         if self._memory is None:
-            raise RuntimeError("this NoiseKey was wiped: a key makes the noise of one release; draw a new one")
+            raise StateError("this NoiseKey was wiped: a key makes the noise of one release; draw a new one")
         return self._memory
 
     def __enter__(self) -> "NoiseKey":
@@ -105,7 +106,7 @@ class NoiseKey:
             self.wipe()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError("a NoiseKey cannot be copied or pickled: the copy would repeat the noise, or tell it")
+        raise InvalidTypeError("a NoiseKey cannot be copied or pickled: the copy would repeat the noise, or tell it")
 
     def __repr__(self) -> str:
         kind = "wiped" if self.is_wiped else "insecure, from a seed" if self._insecure else "secret"
@@ -128,7 +129,7 @@ if hasattr(os, "register_at_fork"):
 def secret_of(op: str, key: NoiseKey | None) -> Iterator[Tensor]:
     """The bits of a key, or for ``None`` of a fresh one, which is wiped at the end: [32] uint8."""
     if key is not None and not isinstance(key, NoiseKey):
-        raise TypeError(f"{op} takes a NoiseKey as key, not a {type(key).__name__}")
+        raise InvalidTypeError(f"{op} takes a NoiseKey as key, not a {type(key).__name__}")
     if key is not None:
         yield key._bytes()
         return

@@ -33,11 +33,13 @@ Options, each for a group of parameters and in the same pass:
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.noise_checks import real_of
 from wavedp.ops.noise_step import ADAM, SGD, StepConstants, StepTensor
 from wavedp.private_step import OPTIONS, PrivateStep, check_numbers
@@ -81,7 +83,7 @@ class DPSGD(PrivateStep):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_numbers("DPSGD", group, ("lr", "momentum", "weight_decay"))
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-            raise ValueError("DPSGD: nesterov needs a momentum above 0 and no dampening")
+            raise InvalidValueError("DPSGD: nesterov needs a momentum above 0 and no dampening")
 
     def _tensor(self, group: dict[str, Any], param: Tensor, total: Tensor | None, noise: float) -> StepTensor:
         momentum = float(group["momentum"])
@@ -139,14 +141,17 @@ class DPAdam(PrivateStep):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_numbers(type(self).__name__, group, ("lr", "eps", "weight_decay"))
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or not all(isinstance(beta, (Real, Tensor)) for beta in betas):
+            raise InvalidTypeError(f"{type(self).__name__} takes two numbers in betas, not {betas!r}")
         if len(group["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in group["betas"]):
-            raise ValueError(f"{type(self).__name__} takes two betas in [0, 1), not {group['betas']!r}")
+            raise InvalidValueError(f"{type(self).__name__} takes two betas in [0, 1), not {group['betas']!r}")
         least = group["noise_correction"]
         if least is None:
             return
         real_of(type(self).__name__, "noise_correction", least, positive=True)
         if group["amsgrad"]:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{type(self).__name__}: amsgrad keeps the largest second moment, whose part of noise is not known: "
                 f"leave amsgrad or noise_correction out"
             )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.ops import per_sample as ops
 from wavedp.ops.arguments import check_tensor, described
 
@@ -40,7 +41,9 @@ def ghost_norm(
     for name, x in (("activations", activations), ("grad_outputs", grad_outputs)):
         _check_float("ghost_norm", name, x)
         if x.ndim < 2:
-            raise ValueError(f"{name} of ghost_norm need the axes [B, ..., width], not the shape {tuple(x.shape)}")
+            raise InvalidValueError(
+                f"{name} of ghost_norm need the axes [B, ..., width], not the shape {tuple(x.shape)}"
+            )
     _check_tokens("ghost_norm", activations, grad_outputs)
     squared: Tensor = ops.linear_norms(_tokens(activations.detach()), _tokens(grad_outputs.detach()), False)[0]
     return squared
@@ -64,16 +67,16 @@ def embedding_grad_norm(
     check_tensor("embedding_grad_norm", ids)
     _check_float("embedding_grad_norm", "grad_outputs", grad_outputs)
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise TypeError(f"ids of embedding_grad_norm must be integers, not {ids.dtype}")
+        raise InvalidTypeError(f"ids of embedding_grad_norm must be integers, not {ids.dtype}")
     if ids.ndim < 1 or tuple(ids.shape) != tuple(grad_outputs.shape[:-1]):
-        raise ValueError(
+        raise InvalidValueError(
             f"ids of embedding_grad_norm have the shape {tuple(ids.shape)}, grad_outputs {tuple(grad_outputs.shape)}: "
             "expected [B, ...] and [B, ..., d]"
         )
     if padding_idx is not None and (isinstance(padding_idx, bool) or not hasattr(padding_idx, "__index__")):
-        raise TypeError(f"embedding_grad_norm takes an integer padding_idx or None, not {padding_idx!r}")
+        raise InvalidTypeError(f"embedding_grad_norm takes an integer padding_idx or None, not {padding_idx!r}")
     if padding_idx is not None and padding_idx < 0:
-        raise ValueError(
+        raise InvalidValueError(
             f"embedding_grad_norm takes a padding_idx of at least 0, not {padding_idx}: add the number of embeddings"
         )
     grads = _tokens(grad_outputs.detach())
@@ -111,7 +114,7 @@ def clip_factors(
     """
     _check_float("clip_factors", "norms", norms)
     if norms.ndim != 1:
-        raise ValueError(f"norms of clip_factors must have the shape [B], not {tuple(norms.shape)}")
+        raise InvalidValueError(f"norms of clip_factors must have the shape [B], not {tuple(norms.shape)}")
     return _factors(norms.detach(), _checked_bound("clip_factors", max_grad_norm), torch.float32)
 
 
@@ -159,7 +162,7 @@ def scaled_weight_grad(
     for name, x in (("grad_outputs", grad_outputs), ("activations", activations)):
         _check_float(op, name, x)
         if x.ndim < 2:
-            raise ValueError(f"{name} of {op} need the axes [B, ..., width], not the shape {tuple(x.shape)}")
+            raise InvalidValueError(f"{name} of {op} need the axes [B, ..., width], not the shape {tuple(x.shape)}")
     _check_tokens(op, activations, grad_outputs)
     check_tensor(op, factors)
     ops.check_factors(op, factors, grad_outputs.shape[0])
@@ -177,7 +180,7 @@ def _check_float(op: str, name: str, x: Any) -> None:
 def _check_tokens(op: str, activations: Tensor, grad_outputs: Tensor) -> None:
     """Raises unless both have the same records and tokens."""
     if activations.shape[:-1] != grad_outputs.shape[:-1]:
-        raise ValueError(
+        raise InvalidValueError(
             f"activations {tuple(activations.shape)} and grad_outputs {tuple(grad_outputs.shape)} of {op} must agree "
             "in all axes but the last"
         )
@@ -190,27 +193,32 @@ def _tokens(x: Tensor) -> Tensor:
 
 def _checked_bound(op: str, max_grad_norm: Any) -> float:
     if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, Real):
-        raise TypeError(f"{op} takes a real number max_grad_norm, not {described(max_grad_norm)}")
-    bound = float(max_grad_norm)
+        raise InvalidTypeError(f"{op} takes a real number max_grad_norm, not {described(max_grad_norm)}")
+    try:
+        bound = float(max_grad_norm)
+    except OverflowError:
+        bound = math.inf
     if not (bound > 0 and math.isfinite(bound)):
-        raise ValueError(f"{op} takes a max_grad_norm that is positive and finite, not {max_grad_norm}")
+        raise InvalidValueError(f"{op} takes a max_grad_norm that is positive and finite, not {bound}")
     return bound
 
 
 def _squared_norms(op: str, grad_samples: Any) -> Tensor:
     if not isinstance(grad_samples, (list, tuple)):
-        raise TypeError(f"{op} takes a list of tensors [B, *parameter_shape], not {described(grad_samples)}")
+        raise InvalidTypeError(f"{op} takes a list of tensors [B, *parameter_shape], not {described(grad_samples)}")
     if not grad_samples:
-        raise ValueError(f"grad_samples of {op} is empty: give one tensor [B, *parameter_shape] per parameter")
+        raise InvalidValueError(f"grad_samples of {op} is empty: give one tensor [B, *parameter_shape] per parameter")
     for grads in grad_samples:
         _check_float(op, "grad_samples", grads)
         if grads.ndim == 0:
-            raise ValueError(f"every tensor of grad_samples of {op} needs the record axis first, got a 0-d tensor")
+            raise InvalidValueError(
+                f"every tensor of grad_samples of {op} needs the record axis first, got a 0-d tensor"
+            )
         if grads.shape[0] != grad_samples[0].shape[0]:
             sizes = sorted({x.shape[0] for x in grad_samples})
-            raise ValueError(f"grad_samples of {op} disagree on the number of records: {sizes}")
+            raise InvalidValueError(f"grad_samples of {op} disagree on the number of records: {sizes}")
         if grads.device != grad_samples[0].device:
-            raise ValueError(f"grad_samples of {op} lie on {grad_samples[0].device} and on {grads.device}")
+            raise InvalidValueError(f"grad_samples of {op} lie on {grad_samples[0].device} and on {grads.device}")
     total: Tensor = ops.squared_norms(grad_samples[0].detach())
     for grads in grad_samples[1:]:
         total = total + ops.squared_norms(grads.detach())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wavedp import superres
+from wavedp.errors import BadFileError, InvalidValueError, MissingFileError
 from wavedp.models import (
     AutoregressiveTransformer,
     SpectralTokenizer,
@@ -53,7 +54,9 @@ class CoarseToFinePipeline:
             config = autoregressive.config
             classes = config.class_names or [str(label) for label in range(config.num_classes)]
         if len(classes) != autoregressive.config.num_classes:
-            raise ValueError(f"{len(classes)} class names for a model of {autoregressive.config.num_classes} classes")
+            raise InvalidValueError(
+                f"{len(classes)} class names for a model of {autoregressive.config.num_classes} classes"
+            )
         check_compatible(tokenizer, autoregressive.config)
         self.tokenizer = tokenizer.eval()
         self.autoregressive = autoregressive.eval()
@@ -93,7 +96,7 @@ class CoarseToFinePipeline:
         """
         labels = self._labels(class_labels, num_images)
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise InvalidValueError(f"batch_size must be at least 1, got {batch_size}")
         device = self.autoregressive.class_embedding.weight.device
         coarse, images = [], []
         from tqdm import tqdm
@@ -134,16 +137,19 @@ class CoarseToFinePipeline:
         """
         folder = Path(folder)
         if not (folder / INDEX_FILE).is_file():
-            raise FileNotFoundError(f"{folder} holds no {INDEX_FILE}; give a folder written by save_pretrained")
+            raise MissingFileError(f"{folder} holds no {INDEX_FILE}; give a folder written by save_pretrained")
         index = read_json(folder / INDEX_FILE)
         if not isinstance(index, dict) or index.get("pipeline") != cls.__name__ or "classes" not in index:
-            raise ValueError(f"{folder / INDEX_FILE} does not describe a {cls.__name__}")
+            raise InvalidValueError(f"{folder / INDEX_FILE} does not describe a {cls.__name__}")
         resolver = superres.from_pretrained(folder / "super_resolver") if super_resolver is None else super_resolver
+        classes = index["classes"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise BadFileError(f"{folder / INDEX_FILE} lists no class names but {classes!r}")
         pipeline = cls(
             load_tokenizer(folder / "tokenizer"),
             load_autoregressive(folder / "autoregressive"),
             resolver,
-            classes=index["classes"],
+            classes=classes,
         )
         return pipeline.to(device)
 
@@ -151,7 +157,7 @@ class CoarseToFinePipeline:
         self, class_labels: SupportsIndex | str | Sequence[SupportsIndex | str] | Tensor | None, num_images: int | None
     ) -> Tensor:
         if num_images is not None and num_images < 1:
-            raise ValueError(f"num_images must be at least 1, got {num_images}")
+            raise InvalidValueError(f"num_images must be at least 1, got {num_images}")
         if class_labels is None:
             wanted: list[SupportsIndex | str] = list(range(len(self.classes)))
             num_images = len(wanted) if num_images is None else num_images
@@ -162,7 +168,7 @@ class CoarseToFinePipeline:
         else:
             wanted = list(class_labels)
         if not wanted:
-            raise ValueError("class_labels is empty; name at least one class")
+            raise InvalidValueError("class_labels is empty; name at least one class")
         numbers = torch.tensor([self._label(w) for w in wanted])
         if num_images is None:
             return numbers
@@ -172,8 +178,12 @@ class CoarseToFinePipeline:
         if isinstance(label, str):
             if label in self.classes:
                 return self.classes.index(label)
-        elif not isinstance(label, bool) and 0 <= label.__index__() < len(self.classes):
+        elif (
+            isinstance(label, SupportsIndex)
+            and not isinstance(label, bool)
+            and 0 <= label.__index__() < len(self.classes)
+        ):
             return label.__index__()
-        raise ValueError(
+        raise InvalidValueError(
             f"unknown class {label!r}; give a number in 0..{len(self.classes) - 1} or one of {list(self.classes)}"
         )

@@ -4,11 +4,13 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.noise_checks import grid_of, real_of
 from wavedp.noise_key import NoiseKey, secret_of
 from wavedp.ops.noise_step import StepTensor, noise_step
@@ -26,6 +28,12 @@ class PrivateStep(torch.optim.Optimizer):
     _moments: tuple[str, ...]  # names in the state, those of torch
     _options: tuple[str, ...] = OPTIONS  # what torch's optimizer of the same rule does not have
     _holds_averages = False
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        given = params if isinstance(params, Tensor) else list(params)
+        if not len(given):
+            raise InvalidValueError(f"{type(self).__name__} takes at least one parameter, and was given none")
+        super().__init__(given, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -68,13 +76,13 @@ class PrivateStep(torch.optim.Optimizer):
         """
         name = type(self).__name__
         if closure is not None:
-            raise RuntimeError(f"{name}.step takes no closure: it would compute gradients without clipping and noise")
+            raise StateError(f"{name}.step takes no closure: it would compute gradients without clipping and noise")
         if sums is None or std is None or denominator is None:
-            raise RuntimeError(
+            raise StateError(
                 f"{name}.step takes sums=, std= and denominator=: it steps by clipped sums and noise, not by .grad"
             )
         if self._holds_averages:
-            raise RuntimeError(f"{name}.step was called within averaged(): the parameters are averages there")
+            raise StateError(f"{name}.step was called within averaged(): the parameters are averages there")
         params = [(group, param) for group in self.param_groups for param in group["params"]]
         totals = self._checked_sums([param for _, param in params], sums)
         op = f"{name}.step"
@@ -103,28 +111,33 @@ class PrivateStep(torch.optim.Optimizer):
             RuntimeError: there are no averages yet, or the parameters hold them already.
         """
         if self._holds_averages:
-            raise RuntimeError(f"averaged() of {type(self).__name__} was entered twice")
+            raise StateError(f"averaged() of {type(self).__name__} was entered twice")
         params = [p for group in self.param_groups if group["ema_decay"] is not None for p in group["params"]]
         if not params or not all("average" in self.state.get(param, {}) for param in params):
-            raise RuntimeError(f"{type(self).__name__} has no averages: give it ema_decay, and make a step first")
-        before = [param.detach().clone() for param in params]
+            raise StateError(f"{type(self).__name__} has no averages: give it ema_decay, and make a step first")
+        # Other memory, and not other contents: a private run would take those for a write to the model.
+        before = [param.data for param in params]
         self._holds_averages = True
         try:
-            self._set(params, [self.state[param]["average"] for param in params])
+            for param in params:
+                param.data = torch.empty_like(param.data).copy_(self.state[param]["average"])
             yield
         finally:
-            self._set(params, before)
+            for param, held in zip(params, before):
+                param.data = held
             self._holds_averages = False
-
-    @staticmethod
-    @torch.no_grad()
-    def _set(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        for param, value in zip(params, values):
-            param.copy_(value)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`, also that of torch's optimizer of the same rule; moments, averages and masters
-        keep their precision. Options that the saved groups do not have stay as they are."""
+        keep their precision. Options that the saved groups do not have stay as they are.
+
+        Raises:
+            ValueError: the groups are not those of this optimizer, or a count of steps is not one.
+        """
+        for state in state_dict["state"].values():
+            count = float(state.get("step", 0.0))
+            if not (math.isfinite(count) and count >= 0.0):
+                raise InvalidValueError(f"the state of {type(self).__name__} has made {count} steps: it is damaged")
         before = [{name: group[name] for name in self._options} for group in self.param_groups]
         super().load_state_dict(dict(state_dict))
         for group, options in zip(self.param_groups, before):
@@ -143,23 +156,31 @@ class PrivateStep(torch.optim.Optimizer):
     def _checked_sums(self, params: list[Tensor], sums: Any) -> Sequence[Tensor | None]:
         name = type(self).__name__
         if not isinstance(sums, (list, tuple)):
-            raise TypeError(f"{name}.step takes sums as a list, one for each parameter, not a {type(sums).__name__}")
+            raise InvalidTypeError(
+                f"{name}.step takes sums as a list, one for each parameter, not a {type(sums).__name__}"
+            )
         if len(sums) != len(params):
-            raise ValueError(f"{name}.step takes {len(params)} sums, one for each parameter, not {len(sums)}")
+            raise InvalidValueError(f"{name}.step takes {len(params)} sums, one for each parameter, not {len(sums)}")
         for position, (param, total) in enumerate(zip(params, sums)):
             if param.dtype not in _DTYPES:
-                raise ValueError(f"{name} takes parameters of float16, bfloat16, float32 or float64, not {param.dtype}")
+                raise InvalidValueError(
+                    f"{name} takes parameters of float16, bfloat16, float32 or float64, not {param.dtype}"
+                )
             if total is None:
                 continue
             if not isinstance(total, Tensor):
-                raise TypeError(f"sum {position} of {name}.step must be a tensor or None, not {total!r}")
+                raise InvalidTypeError(f"sum {position} of {name}.step must be a tensor or None, not {total!r}")
             if total.shape != param.shape or total.device != param.device:
-                raise ValueError(
+                raise InvalidValueError(
                     f"sum {position} of {name}.step has the shape {tuple(total.shape)} on {total.device}, but its "
                     f"parameter {tuple(param.shape)} on {param.device}"
                 )
+            if total.layout != torch.strided:
+                raise InvalidValueError(
+                    f"sum {position} of {name}.step is {total.layout}: make it dense by .to_dense()"
+                )
             if total.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
+                raise InvalidValueError(
                     f"sum {position} of {name}.step is {total.dtype}: sums are float32 or float64, as lower "
                     f"precisions do not hold one within its sensitivity"
                 )
@@ -179,16 +200,16 @@ class PrivateStep(torch.optim.Optimizer):
     def _check_options(self, group: dict[str, Any]) -> None:
         name, decay = type(self).__name__, group["ema_decay"]
         if decay is not None and not 0.0 <= real_of(name, "ema_decay", decay) < 1.0:
-            raise ValueError(f"{name} takes an ema_decay in [0, 1), or None for no averages, not {decay!r}")
+            raise InvalidValueError(f"{name} takes an ema_decay in [0, 1), or None for no averages, not {decay!r}")
         for option in ("master_weights", "stochastic_rounding"):
             if not isinstance(group[option], bool):
-                raise TypeError(f"{name} takes {option} as True or False, not {group[option]!r}")
+                raise InvalidTypeError(f"{name} takes {option} as True or False, not {group[option]!r}")
         if not group["stochastic_rounding"]:
             return
         if group["master_weights"]:
-            raise ValueError(f"{name}: master_weights leave nothing to stochastic_rounding: ask for one of them")
+            raise InvalidValueError(f"{name}: master_weights leave nothing to stochastic_rounding: ask for one of them")
         if any(param.dtype == torch.float16 for param in group["params"]):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{name}: stochastic_rounding is that of bfloat16, whose numbers have float32's range, but a parameter "
                 f"is float16: use master_weights=True"
             )
@@ -229,6 +250,12 @@ def moment_like(param: Tensor) -> Tensor:
 
 def check_numbers(op: str, group: dict[str, Any], names: Iterable[str]) -> None:
     for name in names:
-        value = float(group[name])
+        given = group[name]
+        if isinstance(given, bool) or not isinstance(given, (Real, Tensor)):
+            raise InvalidTypeError(f"{op} takes a number as {name}, not {given!r}")
+        try:
+            value = float(given)
+        except OverflowError:
+            value = math.inf
         if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"{op} takes a finite {name} >= 0, not {group[name]!r}")
+            raise InvalidValueError(f"{op} takes a finite {name} >= 0, not {value!r}")

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.ops import wavelet_tokens_autograd
 from wavedp.ops.arguments import affine_of, check_level, check_tensor, described, factor_of, result_type, size_of
 from wavedp.ops.eager import is_plain
@@ -78,7 +79,9 @@ def wavelet_tokens(
     scales = levels + 1 if scales is None else _scales(op, scales, levels)
     rows_columns = _grid(op, grid)
     if x.ndim != 4 or x.shape[1] < 1:
-        raise ValueError(f"{op} takes images [B, C, H, W] of at least one channel, not a shape of {tuple(x.shape)}")
+        raise InvalidValueError(
+            f"{op} takes images [B, C, H, W] of at least one channel, not a shape of {tuple(x.shape)}"
+        )
     gain, bias = affine_of(op, x, affine)
     dtype = result_dtype(x, None if dtype is None else result_type(op, dtype))
     shift = scale = None
@@ -90,7 +93,7 @@ def wavelet_tokens(
     outs = None
     if out is not None:
         if not isinstance(out, (tuple, list)):
-            raise ValueError(f"out of {op} must be a list of {scales} tensors, not {described(out)}")
+            raise InvalidValueError(f"out of {op} must be a list of {scales} tensors, not {described(out)}")
         outs = list(out)
         check_grid(op, x.shape[2], x.shape[3], scales - 1, rows_columns)
         check_out(op, outs, token_shapes(x.shape, scales - 1, rows_columns), dtype, [x])
@@ -132,14 +135,14 @@ def wavelet_untokens(
     """
     op = "wavelet_untokens"
     if not isinstance(tokens, (tuple, list)) or len(tokens) == 0:
-        raise ValueError(f"{op} takes the tokens of at least one scale in a list, not {described(tokens)}")
+        raise InvalidValueError(f"{op} takes the tokens of at least one scale in a list, not {described(tokens)}")
     for one in tokens:
         check_tensor(op, one)
     check_dtype(op, tokens[0].dtype)
     scales = len(tokens)
     levels = scales - 1 if levels is None else check_level(op, levels, "number of levels")
     if scales > levels + 1:
-        raise ValueError(f"{op} takes at most {levels + 1} scales of {levels} levels, not {scales}")
+        raise InvalidValueError(f"{op} takes at most {levels + 1} scales of {levels} levels, not {scales}")
     factor = factor_of(op, norm, inverse=True)
     rows_columns = _grid(op, grid)
     image = _image(op, tokens[0], rows_columns, channels, size_of(op, output_size), scales - 1)
@@ -156,7 +159,7 @@ def wavelet_untokens(
 def _scales(op: str, scales: Any, levels: int) -> int:
     count = check_level(op, scales, "number of scales")
     if not 1 <= count <= levels + 1:
-        raise ValueError(f"{op} takes 1 to {levels + 1} scales of {levels} levels, not {count}")
+        raise InvalidValueError(f"{op} takes 1 to {levels + 1} scales of {levels} levels, not {count}")
     return count
 
 
@@ -165,7 +168,9 @@ def _grid(op: str, grid: Any) -> tuple[int, int]:
         return grid, grid
     pair = tuple(grid) if isinstance(grid, (tuple, list)) else (grid, grid)
     if len(pair) != 2 or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in pair):
-        raise ValueError(f"{op} takes a grid of at least 1 x 1 tokens, as (rows, columns) or one number, not {grid!r}")
+        raise InvalidValueError(
+            f"{op} takes a grid of at least 1 x 1 tokens, as (rows, columns) or one number, not {grid!r}"
+        )
     return operator.index(pair[0]), operator.index(pair[1])
 
 
@@ -174,7 +179,7 @@ def _image(
 ) -> tuple[int, int, int]:
     """C, H and W of the image whose approximation has these tokens."""
     if first.ndim != 3 or first.shape[1] != grid[0] * grid[1]:
-        raise ValueError(
+        raise InvalidValueError(
             f"{op} takes tokens [B, {grid[0] * grid[1]}, D] of a grid of {grid[0]} x {grid[1]}, not of a shape of "
             f"{tuple(first.shape)}"
         )
@@ -183,17 +188,17 @@ def _image(
         check_grid(op, *size, level, grid)
         patch = (size[0] // 2**level // grid[0]) * (size[1] // 2**level // grid[1])
         if length % patch or length == 0 or channels not in (None, length // patch):
-            raise ValueError(
+            raise InvalidValueError(
                 f"an image of {size[0]} x {size[1]} has approximation tokens of {patch} values a channel, but these "
                 f"have {length}" + ("" if channels is None else f" for {channels} channels")
             )
         return length // patch, *size
     if channels is None:
-        raise ValueError(f"{op} takes channels=, or output_size=(H, W) where patches are not square")
+        raise InvalidValueError(f"{op} takes channels=, or output_size=(H, W) where patches are not square")
     channels = check_level(op, channels, "number of channels")
     side = math.isqrt(length // channels) if channels else 0
     if side < 1 or channels * side**2 != length:
-        raise ValueError(
+        raise InvalidValueError(
             f"approximation tokens of {length} values are not square patches of {channels} channels: give "
             "output_size=(H, W) where they are not square"
         )
@@ -264,7 +269,7 @@ def _checked_constants(
     if constants is None:
         return [absent] * (levels + 1)
     if not isinstance(constants, (tuple, list)) or len(constants) != levels + 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"{op} takes {name} as a list of {levels + 1} entries, one for each scale, not {described(constants)}"
         )
     for scale, entry in enumerate(constants):
@@ -277,14 +282,14 @@ def _check_constant(op: str, name: str, scale: int, entry: Any, channels: Sequen
     """Raises unless the entry is one number, or one for each channel of the scale where that is there."""
     if isinstance(entry, Tensor):
         if entry.requires_grad:
-            raise ValueError(f"{name} of scale {scale} requires grad, but {op} takes constants: detach() it")
+            raise InvalidValueError(f"{name} of scale {scale} requires grad, but {op} takes constants: detach() it")
         shape = entry.shape
         if len(shape) > 1 or (len(shape) == 1 and scale < len(channels) and shape[0] != channels[scale]):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{name} of scale {scale} must be a number or a tensor ({channels[min(scale, len(channels) - 1)]},), "
                 f"not of shape {tuple(shape)}"
             )
     elif isinstance(entry, bool) or not isinstance(entry, Real):
-        raise TypeError(f"{op} takes numbers or tensors in {name}, not {described(entry)}")
+        raise InvalidTypeError(f"{op} takes numbers or tensors in {name}, not {described(entry)}")
     elif name == "std" and not float(entry) > 0:
-        raise ValueError(f"std of scale {scale} must be positive, not {entry}")
+        raise InvalidValueError(f"std of scale {scale} must be positive, not {entry}")

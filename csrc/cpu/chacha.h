@@ -27,11 +27,26 @@ inline Words rotated(const Words& x) {
   return x << kBits | x >> (32 - kBits);
 }
 
-inline void quarter_round(Words& a, Words& b, Words& c, Words& d) {
-  a += b, d = rotated<16>(d ^ a);
-  c += d, b = rotated<12>(b ^ c);
-  a += b, d = rotated<8>(d ^ a);
-  c += d, b = rotated<7>(b ^ c);
+template <int kBits>
+inline uint32_t rotated(uint32_t x) {
+  return x << kBits | x >> (32 - kBits);
+}
+
+// What follows is to be part of the loops that it stands in, which a compiler may find too long.
+#if defined(__GNUC__)
+#define WAVEDP_INLINED inline __attribute__((always_inline))
+#else
+#define WAVEDP_INLINED inline
+#endif
+
+template <int kBits, class Word>
+WAVEDP_INLINED void mix(Word& a, const Word& b, Word& d) {
+  a += b, d = rotated<kBits>(d ^ a);
+}
+
+template <class Word>
+WAVEDP_INLINED void quarter_round(Word& a, Word& b, Word& c, Word& d) {
+  mix<16>(a, b, d), mix<12>(c, d, b), mix<8>(a, b, d), mix<7>(c, d, b);
 }
 
 inline uint32_t little_endian(const unsigned char* bytes) {
@@ -51,33 +66,119 @@ struct KeyWords {
   }
 };
 
+WAVEDP_INLINED void column_round(Words (&x)[kBlockWords]) {
+  quarter_round(x[0], x[4], x[8], x[12]);
+  quarter_round(x[1], x[5], x[9], x[13]);
+  quarter_round(x[2], x[6], x[10], x[14]);
+  quarter_round(x[3], x[7], x[11], x[15]);
+}
+
+WAVEDP_INLINED void diagonal_round(Words (&x)[kBlockWords]) {
+  quarter_round(x[0], x[5], x[10], x[15]);
+  quarter_round(x[1], x[6], x[11], x[12]);
+  quarter_round(x[2], x[7], x[8], x[13]);
+  quarter_round(x[3], x[4], x[9], x[14]);
+}
+
 // x[w] is word w of each lane's block; `last` holds words 12 to 15 of the state.
 inline void chacha_blocks(const KeyWords& key, const Words (&last)[4], int rounds, Words (&x)[kBlockWords]) {
   for (int w = 0; w < 12; ++w) x[w] = Words{} + key.word[w];
   for (int w = 0; w < 4; ++w) x[12 + w] = last[w];
-  for (int round = 0; round < rounds; round += 2) {
-    quarter_round(x[0], x[4], x[8], x[12]);
-    quarter_round(x[1], x[5], x[9], x[13]);
-    quarter_round(x[2], x[6], x[10], x[14]);
-    quarter_round(x[3], x[7], x[11], x[15]);
-    quarter_round(x[0], x[5], x[10], x[15]);
-    quarter_round(x[1], x[6], x[11], x[12]);
-    quarter_round(x[2], x[7], x[8], x[13]);
-    quarter_round(x[3], x[4], x[9], x[14]);
-  }
+  for (int round = 0; round < rounds; round += 2) column_round(x), diagonal_round(x);
   for (int w = 0; w < 12; ++w) x[w] += Words{} + key.word[w];
   for (int w = 0; w < 4; ++w) x[12 + w] += last[w];
 }
 
-// Blocks `block` to `block + kLanes - 1` of a stream; `block` is a multiple of kLanes.
-inline void stream_blocks(const KeyWords& key, uint32_t step, uint32_t domain, uint64_t block,
-                          Words (&x)[kBlockWords]) {
-  Words counter = Words{} + static_cast<uint32_t>(block);
-  for (int lane = 0; lane < kLanes; ++lane) counter[lane] += lane;  // never carries
-  const Words last[4] = {counter, Words{} + static_cast<uint32_t>(block >> 32), Words{} + step,
-                         Words{} + (domain << 24)};
-  chacha_blocks(key, last, 20, x);
-}
+template <int kStage>
+using Stage = std::integral_constant<int, kStage>;
+
+// The blocks of a stream, in vectors. Only word 12 of their states differs, so that most of the first column
+// round, and a little of the first diagonal one, is the same for all of them and done once.
+class StreamBlocks {
+ public:
+  StreamBlocks(const unsigned char* key, uint32_t step, uint32_t domain) : key_(key) {
+    last_[0] = 0, last_[2] = step, last_[3] = domain << 24;
+    prepare(0);
+  }
+  StreamBlocks(const StreamBlocks&) = delete;
+  ~StreamBlocks() {
+    for (volatile uint32_t& one : mixed_) one = 0;
+  }
+
+  // Words of blocks `block` to `block + kLanes - 1`; `block` is a multiple of kLanes. amid(k, Stage<s>()) is
+  // called after round 4 k + s of the 20: work that is no part of the cipher, for what the cipher leaves
+  // idle.
+  template <class Amid>
+  void make(uint64_t block, Words (&words)[kBlockWords], const Amid& amid) {
+    if (block >> 32 != last_[1]) prepare(static_cast<uint32_t>(block >> 32));
+    Words counter = Words{} + static_cast<uint32_t>(block);
+    for (int lane = 0; lane < kLanes; ++lane) counter[lane] += lane;  // never carries
+    Words x[kBlockWords];
+    every_word([&](auto w) { x[w] = Words{} + mixed_[w]; });
+    x[12] = rotated<16>(counter ^ x[0]);
+    mix<12>(x[8], x[12], x[4]), mix<8>(x[0], x[4], x[12]), mix<7>(x[8], x[12], x[4]);
+    amid(0, Stage<0>());
+    quarter_round(x[0], x[5], x[10], x[15]);
+    x[12] = rotated<16>(x[12] ^ x[1]);
+    mix<12>(x[11], x[12], x[6]), mix<8>(x[1], x[6], x[12]), mix<7>(x[11], x[12], x[6]);
+    mix<12>(x[8], x[13], x[7]), mix<8>(x[2], x[7], x[13]), mix<7>(x[8], x[13], x[7]);
+    quarter_round(x[3], x[4], x[9], x[14]);
+    amid(0, Stage<1>());
+    column_round(x);
+    amid(0, Stage<2>());
+    diagonal_round(x);
+    amid(0, Stage<3>());
+    for (int k = 1; k < 5; ++k) {
+      column_round(x);
+      amid(k, Stage<0>());
+      diagonal_round(x);
+      amid(k, Stage<1>());
+      column_round(x);
+      amid(k, Stage<2>());
+      diagonal_round(x);
+      amid(k, Stage<3>());
+    }
+    every_word([&](auto w) {
+      if constexpr (w < 12) {
+        words[w] = x[w] + key_.word[w];
+      } else if constexpr (w == 12) {
+        words[w] = x[w] + counter;
+      } else {
+        words[w] = x[w] + last_[w - 12];
+      }
+    });
+  }
+
+  void make(uint64_t block, Words (&words)[kBlockWords]) {
+    make(block, words, [](int, auto) {});
+  }
+
+ private:
+  template <class Act, int... kWord>
+  static void every_word(const Act& act, std::integer_sequence<int, kWord...>) {
+    (act(std::integral_constant<int, kWord>()), ...);
+  }
+  template <class Act>
+  static void every_word(const Act& act) {
+    every_word(act, std::make_integer_sequence<int, kBlockWords>());
+  }
+
+  void prepare(uint32_t counter_high) {
+    last_[1] = counter_high;
+    uint32_t* x = mixed_;
+    for (int w = 0; w < 12; ++w) x[w] = key_.word[w];
+    for (int w = 1; w < 4; ++w) {
+      x[12 + w] = last_[w];
+      quarter_round(x[w], x[4 + w], x[8 + w], x[12 + w]);
+    }
+    x[0] += x[4];
+    x[1] += x[6];
+    mix<16>(x[2], x[7], x[13]);
+  }
+
+  const KeyWords key_;
+  uint32_t last_[4], mixed_[kBlockWords];
+};
 
 }  // namespace
 }  // namespace wavedp::WAVEDP_ISA

@@ -38,38 +38,45 @@ inline float rounded_to_odd(double x) {
 
 // How the mean becomes the result. float64 is divided; a narrower type takes a product with the reciprocal,
 // whose error in float64 is far below the rounding that follows, at a fraction of the time.
+// `x` counts units: steps of the grid, or 1. `factor` is the unit's share of the divisor.
 struct Divided {
-  static double apply(double x, double divisor, double) { return x / divisor; }
+  static double apply(double x, double unit, double divisor, double) { return x * unit / divisor; }
 };
 struct Plain {
-  static float apply(double x, double, double reciprocal) { return static_cast<float>(x * reciprocal); }
+  static float apply(double x, double, double, double factor) { return static_cast<float>(x * factor); }
 };
 struct Odd {
-  static float apply(double x, double, double reciprocal) { return rounded_to_odd(x * reciprocal); }
+  static float apply(double x, double, double, double factor) { return rounded_to_odd(x * factor); }
 };
 
 struct MeanRule {
-  double std, grid, per_grid, divisor, reciprocal;
+  double std, grid, divisor;
 
   MeanRule(double deviation, double step, double denominator)
-      : std(deviation),
-        grid(step),
-        per_grid(step > 0 ? 1 / step : 0),
-        divisor(denominator),
-        reciprocal(1 / denominator) {}
+      : std(deviation), grid(step), divisor(denominator) {}
 };
 
+// a b + c where the product is exact.
+inline double exact_product_and(double a, double b, double c) {
+#if defined(__FMA__) || defined(__AVX512F__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The grid is a power of two, so that sums of multiples of 1 / grid are rounded as those of the multiplied.
 template <bool kTotal, bool kNoise, bool kGrid, class Finish, class Total, class Normal, class Out>
 inline void mean_loop(const MeanRule& rule, const Total* total, const Normal* normals, int64_t count,
                       Out* out) {
-  const double std = rule.std, grid = rule.grid, per_grid = rule.per_grid;
-  const double divisor = rule.divisor, reciprocal = rule.reciprocal;
+  const double unit = kGrid ? rule.grid : 1.0, per_unit = 1.0 / unit, std = rule.std * per_unit;
+  const double divisor = rule.divisor, factor = unit * (1.0 / divisor);
   WAVEDP_INDEPENDENT  // `out` may be `total`
       for (int64_t i = 0; i < count; ++i) {
     double x = kTotal ? double(total[i]) : 0.0;
-    if constexpr (kNoise) x += std * double(normals[i]);
-    if constexpr (kGrid) x = nearest_integer(x * per_grid) * grid;
-    out[i] = Finish::apply(x, divisor, reciprocal);
+    if constexpr (kNoise) x = exact_product_and(x, per_unit, std * double(normals[i]));
+    if constexpr (kGrid) x = nearest_integer(x);
+    out[i] = Finish::apply(x, unit, divisor, factor);
   }
 }
 
@@ -96,12 +103,12 @@ struct StrictRule : MeanRule {
 template <bool kTotal, class Finish, class Total, class Out>
 inline void strict_loop(const StrictRule& rule, const Total* total, const double* normals, int64_t count,
                         Out* out) {
-  const double deviation = rule.std / rule.grid, grid = rule.grid, per_grid = rule.per_grid;
-  const double divisor = rule.divisor, reciprocal = rule.reciprocal;
+  const double grid = rule.grid, per_grid = 1.0 / grid, deviation = rule.std * per_grid;
+  const double divisor = rule.divisor, factor = grid * (1.0 / divisor);
   WAVEDP_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
     const double sum = kTotal ? nearest_integer(double(total[i]) * per_grid) : 0.0;
-    out[i] = Finish::apply((sum + nearest_integer(deviation * normals[i])) * grid, divisor, reciprocal);
+    out[i] = Finish::apply(sum + nearest_integer(deviation * normals[i]), grid, divisor, factor);
   }
 }
 

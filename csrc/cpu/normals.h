@@ -32,60 +32,59 @@ inline Floats square_root(const Floats& x) {
 #endif
 }
 
-// Rounded once: the halves are exact, and so is each one's product.
-inline Floats unsigned_to_float(const Words& x) {
-#if defined(__AVX512F__)
-  return __builtin_convertvector(x, Floats);
-#else
-  return __builtin_convertvector((Ints)(x >> 16), Floats) * 65536.0f +
-         __builtin_convertvector((Ints)(x & 0xffffu), Floats);
-#endif
-}
-
 inline Floats signed_to_float(const Ints& x) { return __builtin_convertvector(x, Floats); }
 
-// sqrt(-2 ln u). The complement of v tells 1 - u where u is above 1/2, so that both ends keep their digits.
-// ln(1 + f) = f - f^2/2 + f^3 Q(f), Q a minimax polynomial of the relative error, which is 2^-27.3, on
-// [1/sqrt(2) - 1, sqrt(2) - 1].
-inline Floats radius_of(const Words& high, const Words& low) {
-  const Words upper_half = (Words)((Ints)high >> 31);
-  const Floats w = signed_to_float((Ints)(high ^ upper_half)) * 0x1p-32f +
-                   (unsigned_to_float(low ^ upper_half) + 0.5f) * 0x1p-64f;
-  const Floats u = (Ints)upper_half ? 1.0f - w : w;
-  const Words bits = bits_as<Words>(u);
-  const Ints exponent = (Ints)(bits - 0x3f3504f3u) >> 23;  // the bits of 1/sqrt(2)
-  const Floats f = exponent == 0 ? -w : bits_as<Floats>(bits - ((Words)exponent << 23)) - 1.0f;
-  const Floats e = signed_to_float(exponent), square = f * f;
-  Floats q = f * -0x1.38b544p-4f + 0x1.055b5ep-3f;
-  q = q * f - 0x1.0d8548p-3f;
-  q = q * f + 0x1.22da1ep-3f;
-  q = q * f - 0x1.547244p-3f;
-  q = q * f + 0x1.99a008p-3f;
-  q = q * f - 0x1.000226p-2f;
-  q = q * f + 0x1.555554p-2f;
-  // ln 2 in two parts, of which the first has 10 bits.
-  const Floats small = (q * f * square + e * -0x1.bd0106p-13f) - square * 0.5f;
-  return square_root(((f + small) + e * 0x1.63p-1f) * -2.0f);
-}
+// A vector of pairs of numbers, in four steps: what two chains of operations can do beside a round.
+//
+// The words of the radius are taken as v or v - 2^64, whichever is nearer to 0, so that w is u or u - 1 and
+// both ends of u keep their digits. u = (1 - g/2) 2^e with 1 - g/2 between sqrt(1/2) and sqrt(2), and -2 ln u
+// = -2 ln 2 e + g + g^2 Q(g), Q a minimax polynomial of the relative error, which is 2^-25.7. x is the rest
+// of the angle from the nearest multiple of a quarter turn, at most half of one either way.
+struct Pairs {
+  Floats g, e, q, radius, x, z, s, c;
+  Words turned;  // the angle and an eighth of a turn: its upper two bits are the number of quarters
 
-// radius * (cos theta, sin theta), from the nearest multiple of a quarter turn: x is the rest, at most half
-// of it either way, in quarter turns.
-inline void turn(const Floats& radius, const Words& angle, Floats& first, Floats& second) {
-  const Words quarter = (angle + 0x20000000u) >> 30;
-  const Words rest = angle - (quarter << 30);
-  const Floats x = signed_to_float((Ints)(rest + rest + 1u)) * 0x1p-31f, z = x * x;
-  Floats s = z * -0x1.2d9bb8p-8f + 0x1.465ec6p-4f;
-  s = s * z - 0x1.4abbbap-1f;
-  s = (s * z + 0x1.921fb6p+0f) * x;
-  Floats c = z * 0x1.d9d57ep-11f - 0x1.55c5e0p-6f;
-  c = c * z + 0x1.03c1dep-2f;
-  c = (c * z - 0x1.3bd3ccp+0f) * z + 1.0f;
-  const Ints odd = (Ints)(quarter & 1u) != 0;
-  const Words cosine = bits_as<Words>(odd ? s : c) ^ ((quarter + 1u) & 2u) << 30;
-  const Words sine = bits_as<Words>(odd ? c : s) ^ (quarter & 2u) << 30;
-  first = radius * bits_as<Floats>(cosine);
-  second = radius * bits_as<Floats>(sine);
-}
+  template <int kStage>
+  WAVEDP_INLINED void work(const Words& high, const Words& low, const Words& angle) {
+    if constexpr (kStage == 0) {
+      const Floats upper = signed_to_float((Ints)(high + (low >> 31)));
+      const Floats w = upper * 0x1p-32f + (signed_to_float((Ints)low) * 0x1p-64f + 0x1p-65f);
+      const Words bits = bits_as<Words>(w < 0.0f ? w + 1.0f : w);
+      const Words exponent = (bits - 0x3f3504f3u) & 0xff800000u;  // the bits of sqrt(1/2)
+      g = (Ints)exponent == 0 ? w * -2.0f : bits_as<Floats>(bits - exponent) * -2.0f + 2.0f;
+      e = signed_to_float((Ints)exponent);  // times 2^23
+    } else if constexpr (kStage == 1) {
+      turned = angle + 0x20000000u;
+      x = signed_to_float((Ints)(angle << 2 | 2u)) * 0x1p-32f, z = x * x;
+      q = g * 0x1.7685dep-12f + 0x1.2cb56ep-10f;
+      q = q * g + 0x1.317110p-9f;
+      q = q * g + 0x1.51fb44p-8f;
+      q = q * g + 0x1.98b556p-7f;
+    } else if constexpr (kStage == 2) {
+      q = q * g + 0x1.000f00p-5f;
+      q = q * g + 0x1.55579ap-4f;
+      q = q * g + 0x1.ffffc8p-3f;
+      s = z * -0x1.2d9bb8p-8f + 0x1.465ec6p-4f;
+      s = s * z - 0x1.4abbbap-1f;
+      s = (s * z + 0x1.921fb6p+0f) * x;
+    } else {
+      radius = square_root(q * g * g + (e * -0x1.62e430p-23f + g));
+      c = z * 0x1.d9d57ep-11f - 0x1.55c5e0p-6f;
+      c = c * z + 0x1.03c1dep-2f;
+      c = c * z - 0x1.3bd3ccp+0f;
+      c = c * z + 1.0f;
+    }
+  }
+
+  // radius * (cos theta, sin theta).
+  WAVEDP_INLINED void finish(float* cosines, float* sines) const {
+    const Ints odd = (Ints)(turned & 0x40000000u) != 0;
+    const Words cosine = bits_as<Words>(odd ? s : c) ^ ((turned + 0x40000000u) & 0x80000000u);
+    const Words sine = bits_as<Words>(odd ? c : s) ^ (turned & 0x80000000u);
+    store(cosines, radius * bits_as<Floats>(cosine));
+    store(sines, radius * bits_as<Floats>(sine));
+  }
+};
 
 // The same for one pair in float64.
 inline void turn_wide(uint32_t high, uint32_t low, uint32_t angle, double& first, double& second) {
@@ -98,33 +97,51 @@ inline void turn_wide(uint32_t high, uint32_t low, uint32_t angle, double& first
   second = radius * std::sin(theta);
 }
 
-// The numbers of a stream by groups of sixteen blocks.
+// The numbers of a stream by groups of sixteen blocks, best one group after the other: while float32 numbers
+// are made from a vector of blocks, the next one is enciphered, since either alone leaves pipes of the core
+// idle.
 template <class Number>
 class Normals {
  public:
   using Real = Number;
   static constexpr int64_t kGroup = kGroupNormals;
 
-  explicit Normals(const NoiseStream& stream) : key_(stream.key), step_(stream.step) {}
+  explicit Normals(const NoiseStream& stream) : blocks_(stream.key, stream.step, kNoiseDomain) {}
 
-  // The 160 numbers of a group.
-  void group(uint64_t number, Real* target) const {
-    for (int lane = 0; lane < kGroupBlocks; lane += kLanes) some(number * kGroupBlocks + lane, target + lane);
+  // The 160 numbers of a group. `more` says that those of the next group follow.
+  void group(uint64_t number, bool more, Real* target) {
+    for (int lane = 0; lane < kGroupBlocks; lane += kLanes) {
+      some(number * kGroupBlocks + lane, more || lane + kLanes < kGroupBlocks, target + lane);
+    }
   }
 
  private:
-  void some(uint64_t block, Real* target) const {
-    Words x[kBlockWords];
-    stream_blocks(key_, step_, kNoiseDomain, block, x);
-    for (int pair = 0; pair < kBlockNormals / 2; ++pair) {
-      Real *even = target + 2 * pair * kGroupBlocks, *odd = even + kGroupBlocks;
-      const Words &high = x[3 * pair], &low = x[3 * pair + 1], &angle = x[3 * pair + 2];
-      if constexpr (sizeof(Real) == 4) {
-        Floats first, second;
-        turn(radius_of(high, low), angle, first, second);
-        store(even, first);
-        store(odd, second);
+  void some(uint64_t block, bool more, Real* target) {
+    if (!made_ || block != block_) blocks_.make(block, words_);
+    if constexpr (sizeof(Real) == 4) {
+      Pairs pairs;
+      const auto finish = [&](int pair) {
+        float* even = target + 2 * pair * kGroupBlocks;
+        pairs.finish(even, even + kGroupBlocks);
+      };
+      const auto amid = [&](int pair, auto stage) __attribute__((always_inline)) {
+        if (stage == 0 && pair > 0) finish(pair - 1);
+        pairs.template work<stage>(words_[3 * pair], words_[3 * pair + 1], words_[3 * pair + 2]);
+      };
+      if (more) {
+        blocks_.make(block + kLanes, words_, amid);
       } else {
+        for (int k = 0; k < kPairs; ++k) {
+          amid(k, Stage<0>()), amid(k, Stage<1>()), amid(k, Stage<2>()), amid(k, Stage<3>());
+        }
+      }
+      finish(kPairs - 1);
+      block_ = block + kLanes;
+      made_ = more;
+    } else {
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const Words &high = words_[3 * pair], &low = words_[3 * pair + 1], &angle = words_[3 * pair + 2];
+        Real *even = target + 2 * pair * kGroupBlocks, *odd = even + kGroupBlocks;
         for (int lane = 0; lane < kLanes; ++lane) {
           turn_wide(high[lane], low[lane], angle[lane], even[lane], odd[lane]);
         }
@@ -132,8 +149,11 @@ class Normals {
     }
   }
 
-  const KeyWords key_;
-  const uint32_t step_;
+  static constexpr int kPairs = kBlockNormals / 2;
+  StreamBlocks blocks_;
+  Words words_[kBlockWords];
+  uint64_t block_ = 0;
+  bool made_ = false;
 };
 
 // Tensors one after the other: tensor t has the elements from starts[t] up to starts[t + 1].
@@ -183,7 +203,7 @@ inline void over_elements(const NoiseStream& stream, bool wanted, const Row& row
   using Real = typename Source::Real;
   constexpr int64_t kGroup = Source::kGroup;
   alignas(kLineBytes) Real normals[kChunkGroups * kGroup];
-  const Source source(stream);
+  Source source(stream);
   const uint64_t first_group = stream.offset / kGroup;
   const int64_t skipped = static_cast<int64_t>(stream.offset % kGroup);
   const auto element_of = [&](int64_t group) {
@@ -195,7 +215,7 @@ inline void over_elements(const NoiseStream& stream, bool wanted, const Row& row
     const int64_t stop = end - g < kChunkGroups ? end : g + kChunkGroups;
     for (int64_t group = g; group < stop; ++group) {
       next = row.each(next, element_of(group), element_of(group + 1), ahead);
-      if (wanted) source.group(first_group + group, normals + (group - g) * kGroup);
+      if (wanted) source.group(first_group + group, group + 1 < end, normals + (group - g) * kGroup);
     }
     const int64_t origin = g * kGroup - skipped;  // the element of normals[0]
     tensor =

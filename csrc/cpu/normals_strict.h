@@ -89,13 +89,13 @@ class StrictNormals {
   using Real = double;
   static constexpr int64_t kGroup = kStrictGroupNormals;
 
-  explicit StrictNormals(const NoiseStream& stream) : key_(stream.key), step_(stream.step) {}
+  explicit StrictNormals(const NoiseStream& stream) : blocks_(stream.key, stream.step, kStrictDomain) {}
 
   // The 128 numbers of a group.
-  void group(uint64_t number, double* target) const {
+  void group(uint64_t number, bool, double* target) {
     Words x[kBlockWords];
     for (int lane = 0; lane < kGroupBlocks; lane += kLanes) {
-      stream_blocks(key_, step_, kStrictDomain, number * kGroupBlocks + lane, x);
+      blocks_.make(number * kGroupBlocks + lane, x);
       for (int pair = 0; pair < kStrictBlockNormals / 2; ++pair) {
         double* even = target + 2 * pair * kGroupBlocks + lane;
         some<0>(x + 4 * pair, even);
@@ -122,8 +122,7 @@ class StrictNormals {
     store(even + kGroupBlocks, second);
   }
 
-  const KeyWords key_;
-  const uint32_t step_;
+  StreamBlocks blocks_;
 };
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace {
 // The random bits of stretches that come one behind the other, so that no group is made twice.
 class RoundingBits {
  public:
-  RoundingBits(const NoiseStream& stream) : key_(stream.key), step_(stream.step) {}
+  explicit RoundingBits(const NoiseStream& stream) : blocks_(stream.key, stream.step, kRoundingDomain) {}
 
   // act(first element of those given, bits, count) for `count` elements from `element` of the stream on.
   template <class Act>
@@ -33,7 +33,7 @@ class RoundingBits {
     Words x[kBlockWords];
     uint32_t lanes[kLanes];
     for (int lane = 0; lane < kGroupBlocks; lane += kLanes) {
-      stream_blocks(key_, step_, kRoundingDomain, number * kGroupBlocks + lane, x);
+      blocks_.make(number * kGroupBlocks + lane, x);
       for (int w = 0; w < kBlockWords; ++w) {
         uint16_t* low = bits_ + 2 * w * kGroupBlocks + lane;
         store(lanes, x[w]);
@@ -47,8 +47,7 @@ class RoundingBits {
     made_ = true;
   }
 
-  const KeyWords key_;
-  const uint32_t step_;
+  StreamBlocks blocks_;
   uint64_t number_ = 0;
   bool made_ = false;
   alignas(kLineBytes) uint16_t bits_[kGroupRoundings];

@@ -21,24 +21,20 @@ constexpr uint32_t kDomain = kKind == NormalKind::kStrict ? kStrictDomain : kNoi
 
 // sqrt(-2 ln u), u = (2^32 high + low + 1/2) 2^-64; csrc/cpu/normals.h says where the constants come from.
 WAVEDP_DEVICE inline float narrow_radius(uint32_t high, uint32_t low) {
-  const uint32_t upper_half = static_cast<uint32_t>(static_cast<int32_t>(high) >> 31);
-  const float w = static_cast<float>(static_cast<int32_t>(high ^ upper_half)) * 0x1p-32f +
-                  (static_cast<float>(low ^ upper_half) + 0.5f) * 0x1p-64f;
-  const float u = upper_half ? 1.0f - w : w;
-  const uint32_t bits = bits_as<uint32_t>(u);
-  const int32_t exponent = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;  // the bits of 1/sqrt(2)
-  const uint32_t scaled = bits - (static_cast<uint32_t>(exponent) << 23);
-  const float f = exponent == 0 ? -w : bits_as<float>(scaled) - 1.0f;
-  const float e = static_cast<float>(exponent), square = f * f;
-  float q = f * -0x1.38b544p-4f + 0x1.055b5ep-3f;
-  q = q * f - 0x1.0d8548p-3f;
-  q = q * f + 0x1.22da1ep-3f;
-  q = q * f - 0x1.547244p-3f;
-  q = q * f + 0x1.99a008p-3f;
-  q = q * f - 0x1.000226p-2f;
-  q = q * f + 0x1.555554p-2f;
-  const float small = (q * f * square + e * -0x1.bd0106p-13f) - square * 0.5f;
-  return std::sqrt(((f + small) + e * 0x1.63p-1f) * -2.0f);
+  const float upper = static_cast<float>(static_cast<int32_t>(high + (low >> 31)));
+  const float w = upper * 0x1p-32f + (static_cast<float>(static_cast<int32_t>(low)) * 0x1p-64f + 0x1p-65f);
+  const uint32_t bits = bits_as<uint32_t>(w < 0.0f ? w + 1.0f : w);
+  const uint32_t exponent = (bits - 0x3f3504f3u) & 0xff800000u;  // the bits of sqrt(1/2)
+  const float g = exponent == 0 ? w * -2.0f : bits_as<float>(bits - exponent) * -2.0f + 2.0f;
+  const float e = static_cast<float>(static_cast<int32_t>(exponent));  // times 2^23
+  float q = g * 0x1.7685dep-12f + 0x1.2cb56ep-10f;
+  q = q * g + 0x1.317110p-9f;
+  q = q * g + 0x1.51fb44p-8f;
+  q = q * g + 0x1.98b556p-7f;
+  q = q * g + 0x1.000f00p-5f;
+  q = q * g + 0x1.55579ap-4f;
+  q = q * g + 0x1.ffffc8p-3f;
+  return std::sqrt(q * g * g + (e * -0x1.62e430p-23f + g));
 }
 
 // radius * (cos theta, sin theta), theta = 2 pi (angle + 1/2) 2^-32, from the nearest quarter turn.

@@ -6,8 +6,16 @@
 namespace wavedp {
 namespace {
 
+// Blocks that the registers of a multiprocessor should hold at once: as many as leave the compiler no reason
+// to spill.
+template <NormalKind kKind, StepForm kForm>
+constexpr int kResident = kForm == StepForm::kAny || kForm == StepForm::kAnyAtRandom     ? 4
+                          : kKind == NormalKind::kStrict || kForm == StepForm::kBFloat16 ? 5
+                                                                                         : 6;
+
 template <NormalKind kKind, StepRule kRule, StepForm kForm, class Real>
-__global__ void __launch_bounds__(kThreads) noise_step_kernel(const __grid_constant__ StepGrid grid) {
+__global__ void __launch_bounds__(kThreads, (kResident<kKind, kForm>))
+    noise_step_kernel(const __grid_constant__ StepGrid grid) {
   step_thread<kKind, kRule, kForm, Real>(grid, int64_t(blockIdx.x) * kThreads + threadIdx.x);
 }
 

@@ -88,8 +88,9 @@ def test_every_suite_has_its_own_place(tmp_path: Path) -> None:
     files[1].write_text("", encoding="utf-8")
     assert table.tables(files) == dict.fromkeys(SUITES, table.UNMEASURED)
     both = "".join(f"{begin}\n{table.END}\n" for begin in table.BEGINNINGS.values())
-    text = table.written(both, {"wavelet": "W", "dp": "D"})
+    text = table.written(both, {"wavelet": "W", "dp": "D", "noise": "N"})
     assert text.index(table.BEGIN) < text.index("\nW\n") < text.index(table.BEGINNINGS["dp"]) < text.index("\nD\n")
+    assert text.index("\nD\n") < text.index(table.BEGINNINGS["noise"]) < text.index("\nN\n")
     assert table.written(f"{table.BEGIN}\n{table.END}", {"wavelet": "W", "dp": "D"}).count("D") == 0
 
 

@@ -25,7 +25,7 @@ case "$*" in
   *xdist*) exit 1 ;;
   *build_ext*) echo "building for $WAVEDP_CUDA_ARCHS"; exit 7 ;;
   "-m pytest"*) exit 1 ;;
-  *run.py*) echo "$*" ;;
+  *run.py* | *noise-law*) echo "$*" ;;
 esac
 """
 
@@ -62,15 +62,15 @@ def test_a_failing_phase_stops_no_other_and_decides_the_status(tmp_path: Path) -
     stub.chmod(0o755)
     done = run(str(out), python=str(stub))
     assert done.returncode == 7
-    assert {path.name for path in out.iterdir()} == {"build.log", "tests.log", "bench.log", "summary.txt"}
+    phases = ("build", "tests", "bench", "noise", "law", "dp")
+    assert {path.name for path in out.iterdir()} == {"summary.txt", *(f"{phase}.log" for phase in phases)}
     assert (out / "build.log").read_text() == "building for 90\n"
-    command = (out / "bench.log").read_text().split()
-    assert command[:2] == ["benchmarks/run.py", "wavelet"]
-    assert chosen_cases(command[1], command[2:-4])["wavelet"]
-    assert command[-4:] == ["--device", "cuda", "--out", str(out)]
-    table = [line.split(maxsplit=3) for line in (out / "summary.txt").read_text().splitlines()[-3:]]
-    assert [(row[0], row[2], row[3]) for row in table] == [
-        ("build", "120", "failed with status 7"),
-        ("tests", "240", "failed with status 1"),
-        ("bench", "180", "passed"),
-    ]
+    for phase, suite in (("bench", "wavelet"), ("noise", "noise"), ("dp", "dp")):
+        command = (out / f"{phase}.log").read_text().split()
+        assert command[:2] == ["benchmarks/run.py", suite]
+        assert chosen_cases(command[1], command[2:-4])[suite]
+        assert command[-4:] == ["--device", "cuda", "--out", str(out)]
+    table = [line.split(maxsplit=3) for line in (out / "summary.txt").read_text().splitlines()[-len(phases) :]]
+    assert [row[0] for row in table] == list(phases)
+    assert [row[3] for row in table] == ["failed with status 7", "failed with status 1", *["passed"] * 4]
+    assert sum(int(row[2]) for row in table) <= 540

@@ -32,7 +32,9 @@ def test_cuda_source_compiles_to_a_cubin(source: Path, arch: str, tmp_path: Path
     if arch not in known.split():
         pytest.skip(f"needs a newer nvcc: this one does not know {arch}")
     cubin = tmp_path / "out.cubin"
-    flags = ["-std=c++17", "-O3", f"-arch={arch}", "-Werror=all-warnings", "-cubin"]
+    flags = ["-std=c++17", "-O3", "--fmad=false", f"-arch={arch}", "-Werror=all-warnings", "-cubin"]
+    if source.stem.startswith("noise"):  # the registers that spill could be words of the noise
+        flags.append("-Xptxas=-warn-spills")
     result = subprocess.run([NVCC, *flags, source, "-o", cubin], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     code = cubin.read_bytes()

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -62,6 +67,9 @@ TARGETS = [
 ]
 
 
+KERNELS = ("wavelet", "wavelet_tokens", "per_sample", "noise")  # modules that ops choose
+
+
 @pytest.fixture(scope="session")
 def fresh_kernels() -> Callable[..., ModuleType]:
     return load_fresh_kernels
@@ -69,7 +77,7 @@ def fresh_kernels() -> Callable[..., ModuleType]:
 
 @pytest.fixture(scope="session")
 def interpreted_kernels() -> dict[str, ModuleType]:
-    return {name: load_fresh_kernels(name, interpreted=True) for name in ("wavelet", "wavelet_tokens", "per_sample")}
+    return {name: load_fresh_kernels(name, interpreted=True) for name in KERNELS}
 
 
 @pytest.fixture(params=TARGETS, ids=str)
@@ -121,3 +129,40 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     with use_backend("native"):
         yield name
     native.set_isa(before)
+
+
+# As setup.py compiles the CPU's code: no product and sum becomes one operation, neither here nor by nvcc.
+HOST_FLAGS = "-std=c++17 -O2 -ffp-contract=off -shared -fPIC -DWAVEDP_ISA=baseline"
+Address = ctypes.c_void_p
+HOST_ARGUMENTS = {
+    "chacha20_words": [Address, ctypes.c_uint64, Address, ctypes.c_int, ctypes.c_int, Address, ctypes.c_int64],
+    "normals": [ctypes.c_int, Address, ctypes.c_int64, Address],
+    "noisy_mean": [
+        *(Address, ctypes.c_uint32, ctypes.c_uint64, Address, ctypes.c_int, Address, ctypes.c_int, ctypes.c_int),
+        *(ctypes.c_double, ctypes.c_double, ctypes.c_double, ctypes.c_int64),
+    ],
+    "noise_step": [
+        *(Address, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int),
+        *(ctypes.c_double, ctypes.c_double, ctypes.c_double, ctypes.c_int64),
+        *(Address, Address, Address, Address, ctypes.c_int),
+    ],
+}
+
+
+@pytest.fixture(scope="session")
+def cuda_on_cpu(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The threads of the CUDA kernels of the noise, compiled for the CPU: see noise_cuda_host.cpp."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("needs a C++ compiler, and none is installed")
+    source = Path(__file__).with_name("noise_cuda_host.cpp")
+    target = tmp_path_factory.mktemp("host") / "noise.so"
+    result = subprocess.run(
+        [*compiler.split(), *HOST_FLAGS.split(), source, "-o", target], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    library = ctypes.CDLL(str(target))
+    for name, arguments in HOST_ARGUMENTS.items():
+        getattr(library, name).argtypes = arguments
+        getattr(library, name).restype = ctypes.c_int if name == "noise_step" else None
+    return library

@@ -147,3 +147,22 @@ def test_a_wrong_mode_changes_nothing(arguments: dict[str, Any]) -> None:
         optimizer.step(sums=[None], std=1.0, denominator=1.0, **arguments)
     assert parameter.tolist() == [1.0] * 3
     assert not optimizer.state
+
+
+def test_a_sparse_sum_changes_nothing() -> None:
+    param = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = DPAdam([param])
+    with pytest.raises(ValueError, match="make it dense"):
+        optimizer.step(sums=[torch.ones(3, 2).to_sparse()], std=1.0, denominator=1.0)
+    assert not optimizer.state[param]
+    assert torch.equal(param, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("count", [-1.0, float("nan"), float("inf")])
+def test_a_state_with_an_impossible_count_of_steps_is_refused(count: float) -> None:
+    optimizer = DPAdam([torch.nn.Parameter(torch.ones(2))])
+    optimizer.step(sums=[torch.ones(2)], std=0.0, denominator=1.0)
+    state = optimizer.state_dict()
+    state["state"][0]["step"] = torch.tensor(count)
+    with pytest.raises(ValueError, match="damaged"):
+        optimizer.load_state_dict(state)

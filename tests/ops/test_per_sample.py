@@ -179,6 +179,26 @@ def test_float64_beyond_float32(device: str) -> None:
     assert torch.allclose(bound, lengths(a * 1e-200, g * 1e150) * 1e50, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_few_short_rows_of_any_size(target: Any, device: str, dtype: torch.dtype) -> None:
+    """Rows of zeros, of squares that vanish or overflow and of ordinary entries, in records of whole vectors."""
+    torch.manual_seed(3)
+    small, large = (1e-30, 1e25) if dtype == torch.float32 else (1e-140, 1e140)
+    for T in (5, 16) if target.interpreted else (1, 2, 3, 4, 5, 15, 16, 17, 31, 128):
+        a, g = noise(6, T, 32, dtype=dtype, device=device), noise(6, T, 48, dtype=dtype, device=device)
+        a[1, 0], g[2, -1], a[3, 0], g[4, 0], a[5], g[5] = 0.0, 0.0, small, large, 0.0, small
+        a[4] *= 1e-3
+        squared, bound, sums = ops.linear_norms(a, g, True)
+        unit = torch.tensor([1, 1, 1, 1, large, 1], dtype=torch.float64, device=device)
+        scaled = g.double() / unit[:, None, None]
+        terms = lengths(a, scaled)
+        expected = weight_grads(a, scaled).square().sum((1, 2))
+        assert ((squared / unit / unit - expected).abs() <= 8 * EPS[dtype] * terms.square()).all(), T
+        assert torch.allclose(bound / unit, terms, rtol=8 * EPS[dtype], atol=0), T
+        limit = 4 * EPS[dtype] * g.double().abs().sum(1) + 1e-300
+        assert ((sums.double() - g.double().sum(1)).abs() <= limit).all(), T
+
+
 @pytest.mark.parametrize("T", [2, 40])
 def test_a_masked_token_does_not_hide_the_others(device: str, T: int) -> None:
     a, g = torch.ones(1, T, 4, device=device), torch.ones(1, T, 4, device=device)

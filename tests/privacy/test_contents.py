@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from wavedp.optim import DPSGD
 from wavedp.privacy import PrivacySpec, PrivateOptimizer, contents
 
 MakeSpec = Callable[..., PrivacySpec]
@@ -157,3 +158,61 @@ def test_hooks_go_when_the_optimizer_is_closed(spec: MakeSpec) -> None:
     model = CodeBook()
     private_sgd(model, spec()).close()
     assert all(not module._load_state_dict_post_hooks for module in model.modules())
+
+
+class Tied(nn.Module):
+    """One parameter under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embedding(ids))
+        return logits.square().sum((1, 2))
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_every_name_of_a_tied_parameter_steps(spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    monkeypatch.setattr(contents, "INTERVAL", 2)
+    if large:
+        monkeypatch.setattr(contents, "EVERY_STEP_BYTES", 0)
+    model = Tied()
+    private = private_sgd(model, spec())
+    for _ in range(4):
+        private.backward(model(torch.randint(5, (4, 2))))
+        private.step()
+    model.head.weight.data[0, 0] += 1.0
+    with pytest.raises(RuntimeError, match=r"'embedding\.weight', 'head\.weight' of the model changed"):
+        private.step()
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_a_look_at_the_averages_is_no_change(spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    if large:
+        monkeypatch.setattr(contents, "EVERY_STEP_BYTES", 0)
+    model = CodeBook()
+    optimizer = DPSGD(model.layer.parameters(), lr=0.1, ema_decay=0.9)
+    private = PrivateOptimizer(model, optimizer, spec())
+    for _ in range(3):
+        private.step()
+        before = model.layer.weight.detach().clone()
+        with optimizer.averaged():
+            assert torch.equal(model.layer.weight, optimizer.state[model.layer.weight]["average"])
+        assert torch.equal(model.layer.weight, before)
+    with optimizer.averaged(), torch.no_grad():
+        model.layer.weight.add_(1.0)
+    assert torch.equal(model.layer.weight, before)
+
+
+def test_bits_are_compared(spec: MakeSpec) -> None:
+    """NaN that stays is no change, and the sign of a zero is one."""
+    model = CodeBook()
+    model.codes[0, 0], model.codes[0, 1] = float("nan"), 0.0
+    private = private_sgd(model, spec())
+    private.step()
+    model.codes.data[0, 1] = -0.0
+    with pytest.raises(RuntimeError, match="'codes' of the model changed"):
+        private.step()

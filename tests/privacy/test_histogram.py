@@ -110,6 +110,13 @@ def test_a_specification_or_ledger_that_does_not_charge_it_is_refused(
         assert ledger.released == {}
 
 
+def test_a_seed_is_not_taken_for_a_private_release(made: PrivacySpec, tmp_path: Path) -> None:
+    with PrivacyLedger(tmp_path / "ledger", made) as ledger:
+        with pytest.raises(ValueError, match="not private"):
+            release_label_histogram(LABELS, 3, made, ledger=ledger, insecure_seed=1)
+        assert ledger.released == {}
+
+
 def test_no_records_are_a_histogram_too(made: PrivacySpec) -> None:
     counts = release_label_histogram(torch.zeros(0, dtype=torch.int64), 3, made, insecure_seed=1)
     assert counts.count_nonzero() == 3

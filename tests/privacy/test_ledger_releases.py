@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from wavedp.privacy import LedgerError, PrivacyLedger, PrivacySpec
-from wavedp.privacy.ledger import _digest
+from wavedp.privacy.ledger_file import digest_of
 
 MakeSpec = Callable[..., PrivacySpec]
 LABELS = "label_histogram"
@@ -137,7 +137,7 @@ def test_a_line_that_is_chained_but_makes_no_sense_is_refused(
     lines = filled.read_text().splitlines(keepends=True)
     lines = lines if fields.get("name") == LABELS and len(fields) == 3 else [*lines[:2]]
     entry = {"previous": json.loads(lines[-1])["digest"], **fields}
-    entry["digest"] = _digest(entry)
+    entry["digest"] = digest_of(entry)
     filled.write_text("".join([*lines, json.dumps(entry, sort_keys=True) + "\n"]))
     with pytest.raises(LedgerError, match=f"line {len(lines) + 1} "):
         PrivacyLedger(filled, made)

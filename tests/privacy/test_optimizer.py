@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import wavedp
+from wavedp.functional import NoiseKey
 from wavedp.privacy import (
     LedgerError,
     PoissonSampler,
@@ -18,6 +20,7 @@ from wavedp.privacy import (
     PrivateOptimizer,
     clip_and_sum,
     grid_step,
+    release,
 )
 
 MakeSpec = Callable[..., PrivacySpec]
@@ -480,3 +483,33 @@ def test_closed_optimizer_is_of_no_use(spec: MakeSpec) -> None:
     with pytest.raises(RuntimeError, match="closed"):
         private.step()
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("entries", [0, 20, 1 << 20])
+def test_noise_of_parameters_together_is_that_of_each(
+    spec: Callable[..., PrivacySpec], monkeypatch: pytest.MonkeyPatch, entries: int
+) -> None:
+    """Number i of a release's noise belongs to entry i of all parameters, whichever of them are passed together."""
+    monkeypatch.setattr(release, "JOINED_ENTRIES", entries)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).double(), nn.Linear(5, 4), nn.Linear(3, 3))
+    parameters = dict(model.named_parameters())
+    sums = {name: torch.randn_like(p) for name, p in parameters.items() if name != "2.weight"}
+    sums["3.bias"] = sums["3.bias"].double()
+    key, one = NoiseKey.insecure(1), spec()
+    expected, offset = {}, 0
+    for name, p in parameters.items():
+        total = sums.get(name, torch.zeros_like(p))
+        expected[name] = wavedp.noisy_mean(
+            total,
+            2.0,
+            divisor=one.expected_batch_size,
+            key=key,
+            offset=offset,
+            out_dtype=p.dtype,
+            grid=one.grid_of(2.0),
+        )
+        offset += p.numel()
+    release.write_noisy_means(parameters, dict(sums), one, 2.0, key)
+    for name, p in parameters.items():
+        assert p.grad is not None
+        assert torch.equal(p.grad, expected[name]), name

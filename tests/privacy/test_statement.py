@@ -17,6 +17,7 @@ from wavedp.privacy import (
     PrivacyStatement,
     PrivateOptimizer,
     physical_batches,
+    release_label_histogram,
 )
 
 MakeSpec = Callable[..., PrivacySpec]
@@ -203,3 +204,14 @@ def test_a_write_is_still_known_after_closing(spec: MakeSpec) -> None:
     private._book.model.weight.data.add_(1.0)
     private.close()
     refused(private, "'weight' of the model changed")
+
+
+def test_a_histogram_that_the_ledger_does_not_know_is_warned_of(spec: MakeSpec, tmp_path: Path) -> None:
+    made = spec(label_noise_multiplier=5.0)
+    with PrivacyLedger(tmp_path / "ledger", made) as ledger:
+        (warning, *_) = PrivacyStatement.from_run(train(made, 2, ledger=ledger)).warnings
+    assert "records no release of label_histogram" in warning
+    with PrivacyLedger(tmp_path / "other", made) as ledger:
+        release_label_histogram(torch.zeros(3, dtype=torch.int64), 2, made, ledger=ledger)
+        statement = PrivacyStatement.from_run(train(made, 2, ledger=ledger))
+    assert not any("records no release" in warning for warning in statement.warnings)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wavedp.cli import arguments as shared
+from wavedp.errors import InvalidValueError
 from wavedp.extras import import_extra
 from wavedp.privacy import accounting
 from wavedp.privacy.accounting import Phase
@@ -91,28 +92,30 @@ def check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be answered before anything is computed."""
     asked = (arguments.noise_multiplier, arguments.epsilon, arguments.steps)
     if sum(value is not None for value in asked) != 2:
-        raise ValueError("give exactly two of --noise-multiplier, --epsilon and --steps; the third is the answer")
+        raise InvalidValueError(
+            "give exactly two of --noise-multiplier, --epsilon and --steps; the third is the answer"
+        )
     bound, batch = arguments.dataset_size_bound, arguments.expected_batch_size
     if bound is None and (batch is not None or arguments.truncated_batch_size is not None):
         option = "--truncated-batch-size" if batch is None else "--expected-batch-size"
-        raise ValueError(f"{option} needs --dataset-size-bound, a public upper bound on the number of records")
+        raise InvalidValueError(f"{option} needs --dataset-size-bound, a public upper bound on the number of records")
     if batch is not None and batch > bound:
-        raise ValueError(f"--expected-batch-size {batch:g} is larger than --dataset-size-bound {bound}")
+        raise InvalidValueError(f"--expected-batch-size {batch:g} is larger than --dataset-size-bound {bound}")
     if bound is not None and arguments.delta * bound >= 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"--delta {arguments.delta:g} must be below 1 / --dataset-size-bound = {1 / bound:.3g}: at that, "
             "publishing one record at random would be private"
         )
     if arguments.prv:
-        import_extra("opacus.accountants", "account")
+        accounting.composed_epsilon_prv([], arguments.delta)  # raises where Opacus is missing
         if arguments.label_noise is not None or arguments.truncated_batch_size is not None:
-            raise ValueError("--prv knows neither --label-noise nor --truncated-batch-size: leave it out")
+            raise InvalidValueError("--prv knows neither --label-noise nor --truncated-batch-size: leave it out")
     if arguments.plot:
         import_extra("matplotlib.figure", "account")
         if arguments.plot.suffix.lower() not in PLOT_FORMATS:
-            raise ValueError(f"--plot {arguments.plot} must end in one of {', '.join(PLOT_FORMATS)}")
+            raise InvalidValueError(f"--plot {arguments.plot} must end in one of {', '.join(PLOT_FORMATS)}")
         if not arguments.plot.parent.is_dir():
-            raise ValueError(f"--plot {arguments.plot}: there is no folder {arguments.plot.parent}")
+            raise InvalidValueError(f"--plot {arguments.plot}: there is no folder {arguments.plot.parent}")
 
 
 def solve(arguments: argparse.Namespace) -> tuple[dict[str, Any], Phase, list[Phase]]:
@@ -135,7 +138,7 @@ def solve(arguments: argparse.Namespace) -> tuple[dict[str, Any], Phase, list[Ph
     phase = Phase(noise, q, steps, **cut)
     lower, upper = accounting.composed_epsilon_bounds([phase, *others], delta)
     if not math.isfinite(upper):
-        raise ValueError(f"noise multiplier {noise:g} gives no finite epsilon; raise it")
+        raise InvalidValueError(f"noise multiplier {noise:g} gives no finite epsilon; raise it")
     answer: dict[str, Any] = {
         "question": question,
         "sample_rate": q,
@@ -217,7 +220,7 @@ def text(answer: dict[str, Any]) -> str:
 def draw(path: Path, answer: dict[str, Any], points: list[dict[str, Any]]) -> None:
     """Draw epsilon over the steps: the band between the bounds, RDP, PRV where asked for, and the target."""
     if not points:
-        raise ValueError("--plot has nothing to draw: not even one step stays within the target")
+        raise InvalidValueError("--plot has nothing to draw: not even one step stays within the target")
     figure = import_extra("matplotlib.figure", "account").Figure(figsize=(7.2, 4.5), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     start = answer.get("epsilon_of_label_histogram", 0.0)

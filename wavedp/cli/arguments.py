@@ -10,6 +10,7 @@ import torch
 
 from wavedp.data import ImageDataset, open_dataset
 from wavedp.data.catalog import Split
+from wavedp.errors import InvalidValueError
 from wavedp.extras import import_extra
 from wavedp.training.loop import TrainingConfig
 
@@ -168,5 +169,5 @@ def prepare_device(arguments: argparse.Namespace) -> torch.device:
         device = torch.device(arguments.device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {arguments.device} cannot be used here: {error}") from error
+        raise InvalidValueError(f"--device {arguments.device} cannot be used here: {error}") from error
     return device

@@ -5,6 +5,9 @@ Only the coarse wavelet coefficients of the images are read. Sample rate, expect
 the number of records are public choices: they are given here and never computed from the data. The noise is
 calibrated so that epsilon lands within 1 % below --epsilon, or given by --noise-multiplier.
 
+The run's steps are charged in ledger.jsonl of its folder. With --ledger, several runs on the same images are charged in
+one file and share its --budget: a run that would pass it is refused before it reads an image.
+
 With --label-noise, the number of images of each class is released once, with noise that is charged as well, for
 'wavedp sample --labels histogram'.
 
@@ -14,13 +17,16 @@ after a crash, the steps since the last checkpoint are lost and stay charged, an
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from wavedp.cli import arguments as shared
 from wavedp.cli.pretrain import model_folder, show_samples
+from wavedp.errors import InvalidValueError
 from wavedp.models import load_autoregressive, load_tokenizer
-from wavedp.privacy import PrivacySpec
+from wavedp.privacy import PrivacyBudget, PrivacyLedger, PrivacySpec
+from wavedp.privacy.ledger_budget import COMPOSITIONS
 from wavedp.training.private import PrivateTrainingConfig, finetune_private, freeze_all_but
 from wavedp.training.results import save_log
 from wavedp.training.runs import RunFolder
@@ -35,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder written by 'wavedp pretrain'")
     group.add_argument("--trainable", default=".*", metavar="REGEX", help="parameters to train; the others stay frozen")
     add_privacy(parser)
+    add_ledger(parser)
     group = parser.add_argument_group("training (free of privacy cost)")
     group.add_argument("--learning-rate", type=shared.positive_float, default=1e-3, help="of Adam")
     group.add_argument(
@@ -100,6 +107,40 @@ def add_privacy(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_ledger(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("one budget for all runs on these images (public constants)")
+    group.add_argument("--ledger", type=Path, metavar="FILE", help="ledger that runs share (default: one of this run)")
+    group.add_argument(
+        "--budget", type=shared.positive_float, nargs=2, metavar=("EPSILON", "DELTA"),
+        help="what all its runs may spend together; needed where FILE is new",
+    )  # fmt: skip
+    group.add_argument(
+        "--composition", choices=COMPOSITIONS,
+        help="of a new FILE. adaptive: the runs' costs are added up; joint: they are composed as one mechanism, which "
+        "is less, and valid only if no run's settings were chosen by what earlier runs released (default: adaptive)",
+    )  # fmt: skip
+    group.add_argument("--run-name", metavar="NAME", help="name of this run in FILE (default: path of its folder)")
+
+
+def open_ledger(arguments: argparse.Namespace, spec: PrivacySpec) -> PrivacyLedger | None:
+    """The shared ledger, None where the run has one of its own."""
+    if arguments.ledger is None:
+        if arguments.budget or arguments.composition or arguments.run_name:
+            raise InvalidValueError(
+                "--budget, --composition and --run-name are about a shared ledger: give --ledger FILE"
+            )
+        return None
+    budget = None
+    if arguments.budget:
+        epsilon, delta = arguments.budget
+        composition = arguments.composition or "adaptive"
+        budget = PrivacyBudget(epsilon=epsilon, delta=delta, composition=composition, unit=spec.unit)
+    elif arguments.composition:
+        raise InvalidValueError("--composition is chosen with --budget, when the ledger is made")
+    name = arguments.run_name or str(arguments.out.resolve())
+    return PrivacyLedger(arguments.ledger, spec, budget=budget, run=name)
+
+
 def privacy_spec(arguments: argparse.Namespace, trainable_parameters: int | None = None) -> PrivacySpec:
     constants: dict[str, Any] = {
         "sample_rate": arguments.sample_rate,
@@ -126,9 +167,6 @@ def run(arguments: argparse.Namespace) -> None:
     if spec is None:  # what rounding costs depends on the model
         freeze_all_but(model, arguments.trainable)
         spec = privacy_spec(arguments, sum(p.numel() for p in model.parameters() if p.requires_grad))
-    layout = tokenizer.layout
-    dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
-    folder = RunFolder(arguments.out, shared.settings(arguments))
     config = PrivateTrainingConfig(
         learning_rate=arguments.learning_rate,
         ema_decay=arguments.ema_decay,
@@ -136,9 +174,14 @@ def run(arguments: argparse.Namespace) -> None:
         physical_batch_size=arguments.physical_batch_size,
         save_every=arguments.save_every,
     )
-    statement = finetune_private(
-        dataset, tokenizer, model, spec, config, folder.path, progress=not arguments.no_progress
-    )
+    layout = tokenizer.layout
+    # The ledger comes first: a run without a budget reads no image and leaves no folder.
+    with open_ledger(arguments, spec) or contextlib.nullcontext() as ledger:
+        dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
+        folder = RunFolder(arguments.out, shared.settings(arguments))
+        statement = finetune_private(
+            dataset, tokenizer, model, spec, config, folder.path, ledger=ledger, progress=not arguments.no_progress
+        )
     show_samples(tokenizer, model, dataset.classes, folder, seed=arguments.seed)
     save_log(
         folder / "log.png", folder / "log.csv", ("loss_not_private",), title="loss on sensitive images: NOT private"

@@ -20,6 +20,7 @@ import torch
 
 import wavedp
 from wavedp.cli import arguments as shared
+from wavedp.errors import InvalidValueError
 from wavedp.privacy import noise_law
 
 
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     backend = arguments.backend
     if arguments.instructions is not None and backend not in ("auto", "native"):
-        raise ValueError(f"--instructions are those of the backend native, not of {backend}")
+        raise InvalidValueError(f"--instructions are those of the backend native, not of {backend}")
     dtype = arguments.dtype or ("float64" if arguments.mode == "strict" else "float32")
     chosen = (
         wavedp.ops.use_backend(backend)

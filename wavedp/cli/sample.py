@@ -14,6 +14,7 @@ import torch
 from wavedp.cli import arguments as shared
 from wavedp.cli.pretrain import model_folder
 from wavedp.cli.upscale import add_super_resolver, super_resolver
+from wavedp.errors import InvalidValueError
 from wavedp.models import check_compatible, load_autoregressive, load_tokenizer
 from wavedp.pipeline import CoarseToFineOutput, CoarseToFinePipeline
 from wavedp.privacy import label_probabilities, load_label_histogram
@@ -80,16 +81,16 @@ def build_pipeline(arguments: argparse.Namespace, device: torch.device) -> Coars
     """The saved pipeline, with another super-resolver if one is named; or one made of its parts."""
     if arguments.pipeline is not None:
         if arguments.tokenizer is not None or arguments.model is not None or arguments.classes is not None:
-            raise ValueError("give either --pipeline, or --tokenizer, --model and --classes")
+            raise InvalidValueError("give either --pipeline, or --tokenizer, --model and --classes")
         pipeline = CoarseToFinePipeline.from_pretrained(pipeline_folder(arguments.pipeline), device=device)
         if arguments.sr is not None:
             side = pipeline.tokenizer.layout.image_size
             pipeline.super_resolver = super_resolver(arguments, pipeline.coarse_size, side, device)
         elif arguments.sr_path is not None:
-            raise ValueError("--sr-path needs --sr, the name of the model it is for")
+            raise InvalidValueError("--sr-path needs --sr, the name of the model it is for")
         return pipeline
     if arguments.tokenizer is None or arguments.model is None:
-        raise ValueError("give --pipeline, or both --tokenizer and --model")
+        raise InvalidValueError("give --pipeline, or both --tokenizer and --model")
     tokenizer = load_tokenizer(model_folder(arguments.tokenizer), device)
     model = load_autoregressive(model_folder(arguments.model), device)
     check_compatible(tokenizer, model.config)
@@ -127,12 +128,12 @@ def chosen_labels(arguments: argparse.Namespace, classes: tuple[str, ...]) -> li
         return None if names is None else [label_of(name, classes) for name in names]
     file = source_folder(arguments) / HISTOGRAM_FILE
     if not file.is_file():
-        raise ValueError(
+        raise InvalidValueError(
             f"--labels histogram: there is no {file}; 'wavedp finetune --label-noise' releases one, in its run folder"
         )
     counts = load_label_histogram(file)
     if len(counts) != len(classes):
-        raise ValueError(f"{file} has {len(counts)} classes, the model {len(classes)}")
+        raise InvalidValueError(f"{file} has {len(counts)} classes, the model {len(classes)}")
     generator = torch.Generator().manual_seed(arguments.seed)
     drawn = torch.multinomial(label_probabilities(counts), arguments.num_images, replacement=True, generator=generator)
     return [*drawn.tolist()]

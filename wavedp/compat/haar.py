@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from wavedp.errors import InvalidValueError
+
 NAMES = ("haar", "db1", "bior1.1", "rbio1.1")
 """PyWavelets' names of it; their filters are equal."""
 
@@ -29,7 +31,7 @@ def check_wavelet(
     """
     if isinstance(wavelet, str):
         if wavelet.lower() not in NAMES:
-            raise ValueError(_refusal(library, repr(wavelet)))
+            raise InvalidValueError(_refusal(library, repr(wavelet)))
         return
     if hasattr(wavelet, "dec_lo"):
         filters = (wavelet.dec_lo, wavelet.dec_hi, wavelet.rec_lo, wavelet.rec_hi)
@@ -37,11 +39,11 @@ def check_wavelet(
     elif isinstance(wavelet, (tuple, list)) and len(wavelet) == len(expected):
         filters = tuple(wavelet)
     else:
-        raise ValueError(_refusal(library, f"a {type(wavelet).__name__}"))
+        raise InvalidValueError(_refusal(library, f"a {type(wavelet).__name__}"))
     if any(isinstance(taps, torch.Tensor) and taps.requires_grad for taps in filters):
-        raise ValueError(_refusal(library, "filters that require a gradient"))
+        raise InvalidValueError(_refusal(library, "filters that require a gradient"))
     if not all(is_filter(taps, wanted) for taps, wanted in zip(filters, expected)):
-        raise ValueError(_refusal(library, getattr(wavelet, "name", "other filters")))
+        raise InvalidValueError(_refusal(library, getattr(wavelet, "name", "other filters")))
 
 
 def is_filter(taps: Any, expected: Sequence[float]) -> bool:

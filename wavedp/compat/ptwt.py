@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from wavedp import functional
 from wavedp.compat import haar
+from wavedp.errors import InvalidValueError
 
 __all__ = ["WaveletDetailTuple2d", "wavedec2", "waverec2"]
 
@@ -53,7 +54,7 @@ def wavedec2(
     haar.check_wavelet("ptwt", wavelet, (haar.DEC_LO, haar.DEC_HI, haar.REC_LO, haar.REC_HI))
     if not isinstance(data, Tensor) or not data.is_floating_point():
         kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
-        raise ValueError(
+        raise InvalidValueError(
             f"wavedec2 takes a floating-point torch tensor, not {kind}: convert it by torch.as_tensor(...)"
         )
     axes = _axes("wavedec2", axes, data.ndim)
@@ -89,7 +90,7 @@ def waverec2(
     """
     haar.check_wavelet("ptwt", wavelet, (haar.DEC_LO, haar.DEC_HI, haar.REC_LO, haar.REC_HI))
     if not isinstance(coeffs, (tuple, list)) or not coeffs or not isinstance(coeffs[0], Tensor):
-        raise ValueError("waverec2 takes (cA, (cH, cV, cD), ...), the approximation being a tensor")
+        raise InvalidValueError("waverec2 takes (cA, (cH, cV, cD), ...), the approximation being a tensor")
     axes = _axes("waverec2", axes, coeffs[0].ndim)
     inner = [_moved(coeffs[0], axes, (-2, -1)), *(_details(level, axes) for level in coeffs[1:])]
     return _moved(functional.waverec2(inner, output_size=output_size), (-2, -1), axes)
@@ -107,14 +108,14 @@ def _details(level: Any, axes: tuple[int, int]) -> Any:
 def _axes(function: str, axes: Sequence[int], ndim: int) -> tuple[int, int]:
     """``axes`` counted from the end."""
     if ndim < 2:
-        raise ValueError(f"{function} takes at least two axes of data, not {ndim}")
+        raise InvalidValueError(f"{function} takes at least two axes of data, not {ndim}")
     if len(axes) != 2:
-        raise ValueError(f"{function} transforms two axes, not {len(axes)}: {tuple(axes)}")
+        raise InvalidValueError(f"{function} transforms two axes, not {len(axes)}: {tuple(axes)}")
     rows, columns = (axis if axis < 0 else axis - ndim for axis in axes)
     if not (-ndim <= rows < 0 and -ndim <= columns < 0):
-        raise ValueError(f"{function} was given the axes {tuple(axes)} of data that has {ndim} axes")
+        raise InvalidValueError(f"{function} was given the axes {tuple(axes)} of data that has {ndim} axes")
     if rows == columns:
-        raise ValueError(f"{function} cannot transform the same axis twice: {tuple(axes)}")
+        raise InvalidValueError(f"{function} cannot transform the same axis twice: {tuple(axes)}")
     return rows, columns
 
 
@@ -126,7 +127,7 @@ def _max_level(height: int, width: int) -> int:
     """floor(log2(min(height, width))), PyWavelets' ``dwtn_max_level`` of a filter of two taps."""
     smallest, level = min(height, width), 0
     if smallest < 1:
-        raise ValueError(f"wavedec2 takes images of at least 1 x 1, not {height} x {width}")
+        raise InvalidValueError(f"wavedec2 takes images of at least 1 x 1, not {height} x {width}")
     while smallest >= 2:
         smallest, level = smallest // 2, level + 1
     return level

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wavedp import functional
 from wavedp.compat import haar
+from wavedp.errors import InvalidValueError
 
 __all__ = ["DWT", "DWT2D", "IDWT", "IDWT2D", "DWTForward", "DWTInverse"]
 
@@ -50,7 +51,7 @@ class _HaarModule(nn.Module):
         four = isinstance(wave, (tuple, list)) and len(wave) == 4
         haar.check_wavelet("pytorch_wavelets", wave, (lo, hi, lo, hi) if four else (lo, hi))
         if mode not in MODES:
-            raise ValueError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
+            raise InvalidValueError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
         self.mode = mode
         for name, (taps, shape) in _BUFFERS.items():
             self.register_buffer(self._PREFIX + name, torch.tensor(taps).reshape(shape))
@@ -140,7 +141,7 @@ class DWTInverse(_HaarModule):
             ValueError: ``coeffs`` is not such a pair; else as :func:`wavedp.waverec2`.
         """
         if not isinstance(coeffs, (tuple, list)) or len(coeffs) != 2 or not isinstance(coeffs[1], (tuple, list)):
-            raise ValueError("DWTInverse takes a pair (Yl, Yh), Yh being a list with the finest level first")
+            raise InvalidValueError("DWTInverse takes a pair (Yl, Yh), Yh being a list with the finest level first")
         yl, yh = coeffs
         details = [_bands(j, level) for j, level in reversed(list(enumerate(yh)))]
         return functional.waverec2([yl, *details], output_size=output_size)
@@ -153,7 +154,9 @@ def _bands(j: int, level: Tensor | None) -> tuple[Tensor | None, ...]:
     if level is None:
         return None, None, None
     if level.ndim < 3 or level.shape[-3] != 3:
-        raise ValueError(f"Yh[{j}] is [N, C, 3, h, w] with LH, HL, HH on its third last axis, not {list(level.shape)}")
+        raise InvalidValueError(
+            f"Yh[{j}] is [N, C, 3, h, w] with LH, HL, HH on its third last axis, not {list(level.shape)}"
+        )
     return level.unbind(-3)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from wavedp.data.catalog import PictureEntry
 from wavedp.data.layout import named_like_an_image, place_files
 from wavedp.data.picture_file import LISTED_BEFORE, MAX_FILE_BYTES, BadImageError, printable
+from wavedp.errors import InvalidValueError, MissingFileError
 
 MAX_INDEX_BYTES = 2**28
 INDEX_NAME = "index.tsv"
@@ -38,12 +39,12 @@ def list_archive(archive: Path) -> tuple[list[PictureEntry], list[BadImageError]
         ValueError: if it is not a zip file, is empty, or its index is malformed.
     """
     if not archive.is_file():
-        raise FileNotFoundError(f"no such archive: {archive}")
+        raise MissingFileError(f"no such archive: {archive}")
     try:
         opened = zipfile.ZipFile(archive)
         visible = [info for info in opened.infolist() if _is_visible(info)]
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
-        raise ValueError(f"{archive} is not a readable zip archive ({error})") from error
+        raise InvalidValueError(f"{archive} is not a readable zip archive ({error})") from error
     members = {info.filename: info for info in visible}
     read = _Members(opened, archive)
     beside = archive.with_name(INDEX_NAME)
@@ -93,7 +94,7 @@ def _from_folders(
     archive: Path, members: dict[str, zipfile.ZipInfo], read: _Members
 ) -> tuple[list[PictureEntry], list[BadImageError]]:
     if not members:
-        raise ValueError(f"{archive} holds no files")
+        raise InvalidValueError(f"{archive} holds no files")
     names = sorted(members)
     files = list(names)
     while len({file.split("/")[0] for file in files}) == 1 and all(file.count("/") > 1 for file in files):
@@ -113,19 +114,19 @@ def _from_index(
     content: bytes, index: str, archive: Path, members: dict[str, zipfile.ZipInfo], read: _Members
 ) -> tuple[list[PictureEntry], list[BadImageError]]:
     if len(content) > MAX_INDEX_BYTES:
-        raise ValueError(f"{index} is larger than {MAX_INDEX_BYTES} bytes")
+        raise InvalidValueError(f"{index} is larger than {MAX_INDEX_BYTES} bytes")
     try:
         rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig")), delimiter="\t", quoting=csv.QUOTE_NONE)
         columns = rows.fieldnames or []
         class_column = next((column for column in ("name", "class") if column in columns), None)
         if "file" not in columns or class_column is None:
-            raise ValueError(f'{index} needs the columns "file" and "name" or "class", has {list(columns)}')
+            raise InvalidValueError(f'{index} needs the columns "file" and "name" or "class", has {list(columns)}')
         entries, refused = [], []
         listed: set[str] = set()
         for line, row in enumerate(rows, start=2):
             file, class_name, split = row["file"], row[class_column], row.get("split")
             if not file or not class_name or split not in (None, "train", "test"):
-                raise ValueError(f"{index}, line {line}: expected a file, a class, and a split of train or test")
+                raise InvalidValueError(f"{index}, line {line}: expected a file, a class, and a split of train or test")
             location = f"{archive}/{file}"
             if file in listed:
                 refused.append(BadImageError(location, f"{LISTED_BEFORE} ({index}, line {line})"))
@@ -136,7 +137,7 @@ def _from_index(
             else:
                 refused.append(BadImageError(location, f"named in {index}, but not in the archive"))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{index} is not tab-separated UTF-8 text ({error})") from error
+        raise InvalidValueError(f"{index} is not tab-separated UTF-8 text ({error})") from error
     if not entries and not refused:
-        raise ValueError(f"{index} lists no files")
+        raise InvalidValueError(f"{index} lists no files")
     return entries, refused

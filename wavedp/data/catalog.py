@@ -24,6 +24,7 @@ from torch import Tensor
 from wavedp.data.dataset import TensorImageDataset
 from wavedp.data.picture_file import BadImageError, decode_picture, printable
 from wavedp.data.resize import Fit
+from wavedp.errors import InvalidValueError
 
 Split = Literal["train", "test", "all"]
 
@@ -104,7 +105,7 @@ def load_catalog(
     chosen = [entry for entry in entries if in_split(entry.file, entry.split, split)]
     for entry in chosen:
         if entry.class_name not in label_of:
-            raise ValueError(f"{printable(entry.location)}: class {entry.class_name!r} is not among {order}")
+            raise InvalidValueError(f"{printable(entry.location)}: class {entry.class_name!r} is not among {order}")
 
     images = _allocate((len(chosen), channels, image_size, image_size), memory_limit)
     labels: list[int] = []
@@ -118,7 +119,7 @@ def load_catalog(
             images[len(labels)] = result
             labels.append(label_of[entry.class_name])
     if not labels:
-        raise ValueError(f"{name}: no readable image in split {split!r} ({len(skipped)} files skipped)")
+        raise InvalidValueError(f"{name}: no readable image in split {split!r} ({len(skipped)} files skipped)")
     return TensorImageDataset(
         images[: len(labels)],
         torch.tensor(labels, dtype=torch.int64),

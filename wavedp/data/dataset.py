@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
+
 Indices = Tensor | Sequence[int]
 
 
@@ -21,7 +23,7 @@ def to_unit_range(images: Tensor) -> Tensor:
         TypeError: if ``images`` is not uint8.
     """
     if images.dtype != torch.uint8:
-        raise TypeError(f"to_unit_range expects uint8 images, got {images.dtype}")
+        raise InvalidTypeError(f"to_unit_range expects uint8 images, got {images.dtype}")
     return images.to(torch.float32) / 255
 
 
@@ -29,7 +31,7 @@ def check_distinct(classes: Sequence[str]) -> None:
     """Raises ValueError if a class name is repeated: a name must mean one label."""
     repeated = [class_name for class_name, times in Counter(classes).items() if times > 1]
     if repeated:
-        raise ValueError(f"class names must be distinct, {repeated} are repeated in {list(classes)}")
+        raise InvalidValueError(f"class names must be distinct, {repeated} are repeated in {list(classes)}")
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
@@ -55,17 +57,17 @@ class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
         skipped: Sequence[tuple[str, str]] = (),
     ) -> None:
         if labels.dim() != 1 or labels.dtype != torch.int64:
-            raise ValueError(f"labels of {name!r} must be int64 [N], got {labels.dtype} {list(labels.shape)}")
+            raise InvalidValueError(f"labels of {name!r} must be int64 [N], got {labels.dtype} {list(labels.shape)}")
         if not classes:
-            raise ValueError(f"{name!r} has no classes")
+            raise InvalidValueError(f"{name!r} has no classes")
         check_distinct(classes)
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-            raise ValueError(
+            raise InvalidValueError(
                 f"labels of {name!r} span {int(labels.min())}..{int(labels.max())}, "
                 f"but there are {len(classes)} classes"
             )
         if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 or 3, got {channels}")
+            raise InvalidValueError(f"channels must be 1 or 3, got {channels}")
         self.labels = labels
         self.classes = tuple(classes)
         self.image_size = image_size
@@ -123,10 +125,12 @@ class TensorImageDataset(ImageDataset):
         name: str = "tensor",
         skipped: Sequence[tuple[str, str]] = (),
     ) -> None:
+        if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+            raise InvalidTypeError("images and labels must be tensors, uint8 [N, C, S, S] and int64 [N]")
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[2] != images.shape[3]:
-            raise ValueError(f"images must be uint8 [N, C, S, S], got {images.dtype} {list(images.shape)}")
+            raise InvalidValueError(f"images must be uint8 [N, C, S, S], got {images.dtype} {list(images.shape)}")
         if images.shape[0] != labels.shape[0]:
-            raise ValueError(f"{name!r} has {images.shape[0]} images and {labels.shape[0]} labels")
+            raise InvalidValueError(f"{name!r} has {images.shape[0]} images and {labels.shape[0]} labels")
         super().__init__(
             labels,
             classes=classes,
@@ -167,5 +171,5 @@ def _as_indices(indices: Indices) -> Tensor:
     if index.numel() == 0:
         return torch.empty(0, dtype=torch.int64)
     if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
-        raise TypeError(f"indices must be integers [n], got {index.dtype} {list(index.shape)}")
+        raise InvalidTypeError(f"indices must be integers [n], got {index.dtype} {list(index.shape)}")
     return index.to(torch.int64)

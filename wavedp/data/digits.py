@@ -16,6 +16,7 @@ from torch import Tensor
 from wavedp.data.catalog import Split
 from wavedp.data.dataset import TensorImageDataset
 from wavedp.data.resize import Fit, check_geometry, fit_pixels
+from wavedp.errors import InvalidValueError
 from wavedp.extras import import_extra
 
 SCAN_SIZE = 8
@@ -56,7 +57,7 @@ def load_digits_dataset(
     elif split in ("train", "test"):
         chosen = _split_indices(labels)[split]
     else:
-        raise ValueError(f'split must be "train", "test" or "all", got {split!r}')
+        raise InvalidValueError(f'split must be "train", "test" or "all", got {split!r}')
     grey = (scans[chosen].to(torch.float32) * 255 / 16).round().to(torch.uint8)
     if image_size > SCAN_SIZE and image_size % SCAN_SIZE == 0:
         images = _enlarge(grey, image_size // SCAN_SIZE).expand(-1, channels, -1, -1).contiguous()

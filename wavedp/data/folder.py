@@ -11,6 +11,7 @@ from pathlib import Path
 from wavedp.data.catalog import PictureEntry
 from wavedp.data.layout import named_like_an_image, place_files
 from wavedp.data.picture_file import LISTED_BEFORE, MAX_FILE_BYTES, BadImageError, printable
+from wavedp.errors import InvalidValueError, MissingFileError, NotAFolderError
 
 
 def list_folder(root: Path) -> tuple[list[PictureEntry], list[BadImageError]]:
@@ -31,9 +32,9 @@ def list_folder(root: Path) -> tuple[list[PictureEntry], list[BadImageError]]:
         ValueError: if it holds no file.
     """
     if not root.exists():
-        raise FileNotFoundError(f"no such image folder: {root}")
+        raise MissingFileError(f"no such image folder: {root}")
     if not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file, not an image folder")
+        raise NotAFolderError(f"{root} is a file, not an image folder")
     refused: list[BadImageError] = []
     paths = sorted(_walk(root, refused))
     files = ["/".join(path.relative_to(root).parts) for path in paths]
@@ -57,7 +58,7 @@ def list_folder(root: Path) -> tuple[list[PictureEntry], list[BadImageError]]:
         else:
             entries.append(PictureEntry(file, str(path), place.class_name, place.split, _reader(path)))
     if not entries and not refused:
-        raise ValueError(f"{root} holds no files: expected images, or one sub-folder of images per class")
+        raise InvalidValueError(f"{root} holds no files: expected images, or one sub-folder of images per class")
     return entries, refused
 
 

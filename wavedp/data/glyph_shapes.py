@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from wavedp.errors import InvalidValueError
 from wavedp.extras import import_extra
 
 FIELD_SIZE = 96
@@ -82,7 +83,7 @@ def stroke_fields(characters: str) -> Field:
             strokes = [list(stroke) for stroke in fonts.strokes_for_text(character)]
             segments = [(*a, *b) for stroke in strokes for a, b in pairwise(stroke)]
             if not segments:
-                raise ValueError(f"the Hershey font {name!r} has no strokes for {character!r}")
+                raise InvalidValueError(f"the Hershey font {name!r} has no strokes for {character!r}")
             fields.append(_stroke_field(np.asarray(segments, dtype=np.float64)))
     return np.stack(fields).reshape(len(STROKE_FONTS), len(characters), FIELD_SIZE, FIELD_SIZE)
 
@@ -94,7 +95,7 @@ def _font_fields(file: Path, characters: str) -> Field:
     known = import_extra("matplotlib.ft2font", "demo").FT2Font(str(file)).get_charmap()
     missing = [c for c in characters if ord(c) not in known]
     if missing:
-        raise ValueError(f"{file.name} has no glyph for {missing}")
+        raise InvalidValueError(f"{file.name} has no glyph for {missing}")
     size = FIELD_SIZE * _OVERSAMPLING
     font = ImageFont.truetype(str(file), size)
     fields = []

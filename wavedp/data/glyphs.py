@@ -21,6 +21,7 @@ from torch import Tensor
 from wavedp.data.dataset import TensorImageDataset
 from wavedp.data.glyph_shapes import FIELD_SIZE, outline_fields, stroke_fields
 from wavedp.data.resize import check_geometry
+from wavedp.errors import InvalidValueError
 
 DIGITS = "0123456789"
 _STROKE_SHARE = 0.6
@@ -56,9 +57,9 @@ def render_glyphs(
     """
     check_geometry(image_size, channels, "crop", 0)
     if num_images < 0 or image_size < 8:
-        raise ValueError(f"need num_images >= 0 and image_size >= 8, got {num_images} and {image_size}")
+        raise InvalidValueError(f"need num_images >= 0 and image_size >= 8, got {num_images} and {image_size}")
     if not (classes.isascii() and classes.isalnum()) or len(set(classes)) != len(classes):
-        raise ValueError(f"classes must be distinct ASCII letters and digits, got {classes!r}")
+        raise InvalidValueError(f"classes must be distinct ASCII letters and digits, got {classes!r}")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(num_images) % len(classes)
     labels = labels[torch.randperm(num_images, generator=generator)]

@@ -21,6 +21,7 @@ from torch import Tensor
 from wavedp.data.catalog import Split, in_split
 from wavedp.data.dataset import TensorImageDataset
 from wavedp.data.resize import Fit, check_geometry, fit_pixels
+from wavedp.errors import BadFileError, InvalidValueError, MissingFileError
 
 MAX_VALUES = 2**33
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -28,7 +29,7 @@ _UNSIGNED_BYTE = 0x08
 _STEMS = {"train": "train", "test": "t10k"}
 
 
-class IdxError(ValueError):
+class IdxError(BadFileError):
     """A file that is not a complete IDX file of the wanted kind."""
 
 
@@ -50,7 +51,7 @@ def read_idx(path: Path, rank: int) -> Tensor:
             than the header announces. The message has the file and both numbers.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no such IDX file: {path}")
+        raise MissingFileError(f"no such IDX file: {path}")
     with path.open("rb") as raw:
         zipped = raw.read(2) == _GZIP_MAGIC
         raw.seek(0)
@@ -104,7 +105,7 @@ def load_idx(
     """
     check_geometry(image_size, channels, fit, background)
     if split not in ("train", "test", "all"):
-        raise ValueError(f'split must be "train", "test" or "all", got {split!r}')
+        raise InvalidValueError(f'split must be "train", "test" or "all", got {split!r}')
     images, labels = _read_folder(source, split) if source.is_dir() else _read_single(source, split)
     folder = source if source.is_dir() else source.parent
     order = list(classes) if classes is not None else _class_names(folder, labels)
@@ -177,7 +178,7 @@ def _read_folder(folder: Path, split: Split) -> tuple[Tensor, Tensor]:
         images_file, labels_file = (find_idx(folder, which, kind) for kind in ("images", "labels"))
         if images_file is None or labels_file is None:
             stem = _STEMS[which]
-            raise FileNotFoundError(f"{folder} needs {stem}-images-idx3-ubyte[.gz] and {stem}-labels-idx1-ubyte[.gz]")
+            raise MissingFileError(f"{folder} needs {stem}-images-idx3-ubyte[.gz] and {stem}-labels-idx1-ubyte[.gz]")
         pairs.append(read_idx_pair(images_file, labels_file))
     images, labels = (torch.cat(part) for part in zip(*pairs, strict=True))
     return (images, labels) if has_test else _divide(images, labels, split)

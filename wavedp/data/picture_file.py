@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from wavedp.data.resize import Fit, fit_picture
+from wavedp.errors import BadFileError
 from wavedp.extras import import_extra
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _LARGE = 2**24
 _ONE_LARGE_AT_A_TIME = threading.Lock()  # bounds the memory of threads that decode side by side
 
 
-class BadImageError(ValueError):
+class BadImageError(BadFileError):
     """A file that is not an image wavedp accepts: its name and the reason."""
 
     def __init__(self, file: str, reason: str) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.extras import import_extra
 
 if TYPE_CHECKING:
@@ -35,14 +36,17 @@ def check_geometry(image_size: int, channels: int, fit: str, background: int) ->
     Raises:
         ValueError: naming the argument and what it may be.
     """
+    for name, number in (("image_size", image_size), ("channels", channels), ("background", background)):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise InvalidTypeError(f"{name} must be an integer, got {number!r}")
     if not 1 <= image_size <= 4096:
-        raise ValueError(f"image_size must be 1..4096 pixels, got {image_size}")
+        raise InvalidValueError(f"image_size must be 1..4096 pixels, got {image_size}")
     if channels not in (1, 3):
-        raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
+        raise InvalidValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
     if fit not in ("crop", "pad"):
-        raise ValueError(f'fit must be "crop" or "pad", got {fit!r}')
+        raise InvalidValueError(f'fit must be "crop" or "pad", got {fit!r}')
     if not 0 <= background <= 255:
-        raise ValueError(f"background must be 0..255, got {background}")
+        raise InvalidValueError(f"background must be 0..255, got {background}")
 
 
 def fit_picture(
@@ -100,11 +104,11 @@ def _to_mode(picture: Image.Image, mode: str, background: int) -> Image.Image:
     from PIL import Image
 
     if picture.mode == "F":
-        raise ValueError("floating-point pixels have no stated range; save them with 8 or 16 bits")
+        raise InvalidValueError("floating-point pixels have no stated range; save them with 8 or 16 bits")
     if picture.mode.startswith("I"):
         samples = np.asarray(picture).astype(np.int64)
         if samples.min() < 0 or samples.max() >= 2**16:
-            raise ValueError("pixels beyond 0..65535 have no stated range; save them with 8 or 16 bits")
+            raise InvalidValueError("pixels beyond 0..65535 have no stated range; save them with 8 or 16 bits")
         picture = Image.fromarray((samples >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         ink = picture.convert("RGBA")

@@ -17,6 +17,7 @@ from wavedp.data.dataset import TensorImageDataset
 from wavedp.data.resize import check_geometry
 from wavedp.data.silhouette_pieces import Layer, Rng
 from wavedp.data.silhouette_shapes import DRAWINGS
+from wavedp.errors import InvalidValueError
 from wavedp.extras import import_extra
 
 SILHOUETTES = tuple(DRAWINGS)
@@ -47,7 +48,9 @@ def render_silhouettes(num_images: int, image_size: int = 32, *, seed: int, chan
     """
     check_geometry(image_size, channels, "crop", 0)
     if num_images < 0 or image_size < 8 or seed < 0:
-        raise ValueError(f"need num_images >= 0, image_size >= 8, seed >= 0, got {num_images}, {image_size}, {seed}")
+        raise InvalidValueError(
+            f"need num_images >= 0, image_size >= 8, seed >= 0, got {num_images}, {image_size}, {seed}"
+        )
     order = np.random.Generator(np.random.PCG64([seed, 0])).permutation(num_images) % len(DRAWINGS)
     images = torch.empty(num_images, 1, image_size, image_size, dtype=torch.uint8)
     for i, label in enumerate(order):

@@ -16,6 +16,7 @@ from wavedp.data.glyphs import DIGITS, render_glyphs
 from wavedp.data.idx import find_idx, load_idx
 from wavedp.data.resize import Fit, check_geometry
 from wavedp.data.silhouettes import render_silhouettes
+from wavedp.errors import InvalidValueError, MissingFileError
 
 NAMED_SOURCES = ("digits", "glyphs", "silhouettes")
 
@@ -63,7 +64,7 @@ def open_dataset(
     """
     check_geometry(image_size, channels, fit, background)
     if split not in ("train", "test", "all"):
-        raise ValueError(f'split must be "train", "test" or "all", got {split!r}')
+        raise InvalidValueError(f'split must be "train", "test" or "all", got {split!r}')
     if classes is not None:
         check_distinct(classes)
     if source == "digits":
@@ -74,12 +75,12 @@ def open_dataset(
     if source == "glyphs":
         characters = DIGITS if classes is None else classes
         if any(len(character) != 1 for character in characters):
-            raise ValueError(f"the classes of glyphs are single characters, got {list(characters)}")
+            raise InvalidValueError(f"the classes of glyphs are single characters, got {list(characters)}")
         return render_glyphs(num_images, image_size, seed=chosen_seed, classes="".join(characters), channels=channels)
 
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"no such data set: {path} (a path, or one of {', '.join(NAMED_SOURCES)})")
+        raise MissingFileError(f"no such data set: {path} (a path, or one of {', '.join(NAMED_SOURCES)})")
     is_idx_folder = path.is_dir() and any(find_idx(path, which, "images") for which in ("train", "test"))
     if is_idx_folder or (path.is_file() and path.suffix.lower() != ".zip"):
         return load_idx(

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
+from wavedp.models.sizes import check_real, check_sizes, described
 from wavedp.models.transformer import CausalBlock, KeyValueCache
 
 
@@ -32,17 +34,17 @@ class AutoregressiveConfig:
 
     def __post_init__(self) -> None:
         sizes = ("num_classes", "tokens_per_scale", "num_scales", "approximation_codes", "detail_codes")
-        for name in (*sizes, "width", "depth", "heads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if not self.mlp_ratio > 0:
-            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
+        check_sizes(self, *sizes, "width", "depth", "heads")
+        check_real("mlp_ratio", self.mlp_ratio, above=0.0, below=1024.0)
+        names: Any = self.class_names
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise InvalidTypeError(f"class_names must be a sequence of texts, got {names!r}")
+        if not isinstance(self.tokenizer_fingerprint, str) or not isinstance(self.privately_trained, bool):
+            raise InvalidTypeError("tokenizer_fingerprint must be a text and privately_trained True or False")
         object.__setattr__(self, "class_names", tuple(self.class_names))
         if self.class_names and len(self.class_names) != self.num_classes:
-            raise ValueError(f"{len(self.class_names)} class_names for num_classes={self.num_classes}")
-        if not 0.0 <= self.class_dropout < 1.0:
-            raise ValueError(f"class_dropout must lie in [0, 1), got {self.class_dropout}")
+            raise InvalidValueError(f"{len(self.class_names)} class_names for num_classes={self.num_classes}")
+        check_real("class_dropout", self.class_dropout, below=1.0)
 
     @property
     def length(self) -> int:
@@ -118,11 +120,11 @@ class AutoregressiveTransformer(nn.Module):
         config = self.config
         num_scales = config.num_scales if num_scales is None else num_scales
         if not 1 <= num_scales <= config.num_scales:
-            raise ValueError(f"num_scales must lie in 1..{config.num_scales}, got {num_scales}")
-        if temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
+            raise InvalidValueError(f"num_scales must lie in 1..{config.num_scales}, got {num_scales}")
+        check_real("temperature", temperature, below=1e6)
+        check_real("guidance_scale", guidance_scale, at_least=-1e3, below=1e3)
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
+            raise InvalidValueError(f"top_k must be a positive integer, got {top_k!r}")
         self._check_labels(labels)
         self._check_range(labels)
         length = num_scales * config.tokens_per_scale
@@ -177,23 +179,29 @@ class AutoregressiveTransformer(nn.Module):
         return 0 if position < self.config.tokens_per_scale else self.config.approximation_codes
 
     def _check_labels(self, labels: Tensor) -> None:
+        if not isinstance(labels, Tensor):
+            raise InvalidTypeError(f"labels must be an int64 tensor [B], got {described(labels)}")
         if labels.dim() != 1 or labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64 of shape [B], got {labels.dtype} {list(labels.shape)}")
+            raise InvalidValueError(f"labels must be int64 of shape [B], got {labels.dtype} {list(labels.shape)}")
 
     def _check_range(self, labels: Tensor) -> None:
         """Reads the labels, so it is left out of training steps."""
         if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) <= self.no_class):
-            raise ValueError(f"labels must lie in 0..{self.config.num_classes - 1} (or {self.no_class} for no class)")
+            raise InvalidValueError(
+                f"labels must lie in 0..{self.config.num_classes - 1} (or {self.no_class} for no class)"
+            )
 
     def _check(self, tokens: Tensor, labels: Tensor) -> None:
         self._check_labels(labels)
         n = self.config.tokens_per_scale
+        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+            raise InvalidTypeError(f"tokens must be an int64 tensor [B, T], got {described(tokens)}")
         if tokens.dim() != 2 or tokens.shape[1] % n or not n <= tokens.shape[1] <= self.config.length:
-            raise ValueError(
+            raise InvalidValueError(
                 f"tokens must have shape [B, k * {n}] with k in 1..{self.config.num_scales}, got {list(tokens.shape)}"
             )
         if len(tokens) != len(labels):
-            raise ValueError(f"{len(tokens)} token sequences but {len(labels)} labels")
+            raise InvalidValueError(f"{len(tokens)} token sequences but {len(labels)} labels")
 
 
 def sample_tokens(

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.functional import wavedec2, wavelet_tokens, wavelet_untokens
+from wavedp.models.sizes import check_sizes, described
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,10 @@ class SpectralLayout:
     grid: int
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "levels", "grid"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_sizes(self, "image_size", "channels", "levels", "grid")
         coarsest = self.image_size >> self.levels
         if coarsest << self.levels != self.image_size or coarsest % self.grid:
-            raise ValueError(
+            raise InvalidValueError(
                 f"image_size={self.image_size} with levels={self.levels} gives a coarsest map of "
                 f"{self.image_size / 2**self.levels:g} pixels a side, which must be a multiple of grid={self.grid}"
             )
@@ -61,7 +60,7 @@ class SpectralLayout:
     def resolution(self, num_scales: int) -> int:
         """Side in pixels of the image that the first ``num_scales`` scales describe."""
         if not 1 <= num_scales <= self.num_scales:
-            raise ValueError(f"num_scales must lie in 1..{self.num_scales}, got {num_scales}")
+            raise InvalidValueError(f"num_scales must lie in 1..{self.num_scales}, got {num_scales}")
         return self.image_size >> (self.num_scales - num_scales)
 
     def scales_of_resolution(self, side: int) -> int:
@@ -70,13 +69,13 @@ class SpectralLayout:
             if self.resolution(num_scales) == side:
                 return num_scales
         known = [self.resolution(k) for k in range(1, self.num_scales + 1)]
-        raise ValueError(f"an image of {side} pixels a side fits no prefix of the scales; sides are {known}")
+        raise InvalidValueError(f"an image of {side} pixels a side fits no prefix of the scales; sides are {known}")
 
     def scales_of_length(self, length: int) -> int:
         """Number of whole scales in a sequence of ``length`` tokens."""
         num_scales, rest = divmod(length, self.tokens_per_scale)
         if rest or not 1 <= num_scales <= self.num_scales:
-            raise ValueError(
+            raise InvalidValueError(
                 f"a sequence of {length} tokens is not 1 to {self.num_scales} scales of {self.tokens_per_scale}"
             )
         return num_scales
@@ -84,8 +83,10 @@ class SpectralLayout:
 
 def num_scales_of(images: Tensor, layout: SpectralLayout) -> int:
     """Number of scales that images [B, C, r, r] are made of; r is one of the resolutions of the layout."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        raise InvalidTypeError(f"images must be a floating-point tensor in [0, 1], got {described(images)}")
     if images.dim() != 4 or images.shape[1] != layout.channels or images.shape[2] != images.shape[3]:
-        raise ValueError(
+        raise InvalidValueError(
             f"images must have shape [B, {layout.channels}, r, r], got {list(images.shape)}; resize or convert first"
         )
     return layout.scales_of_resolution(images.shape[-1])

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.models.quantizer import Quantized, VectorQuantizer
+from wavedp.models.sizes import check_real, check_sizes, described
 from wavedp.models.spectra import SpectralLayout, image_to_maps, image_to_tokens, num_scales_of, tokens_to_image
 from wavedp.models.transformer import SpectralBlock, scale_causal_mask
 
@@ -41,19 +43,11 @@ class SpectralTokenizerConfig:
 
     def __post_init__(self) -> None:
         if self.causal not in CAUSAL_SIDES:
-            raise ValueError(f"causal must be one of {CAUSAL_SIDES}, got {self.causal!r}")
-        for name in (
-            "width",
-            "encoder_depth",
-            "decoder_depth",
-            "heads",
-            "approximation_codes",
-            "detail_codes",
-            "code_dim",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            raise InvalidValueError(f"causal must be one of {CAUSAL_SIDES}, got {self.causal!r}")
+        sizes = ("width", "encoder_depth", "decoder_depth", "heads", "approximation_codes", "detail_codes", "code_dim")
+        check_sizes(self, *sizes)
+        check_real("mlp_ratio", self.mlp_ratio, above=0.0, below=1024.0)
+        check_real("commitment_weight", self.commitment_weight, below=1e6)
         self.layout()
 
     def layout(self) -> SpectralLayout:
@@ -136,11 +130,21 @@ class SpectralTokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens [B, k * tokens_per_scale] of the first k scales -> images [B, C, r_k, r_k] in [0, 1]."""
+        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+            raise InvalidTypeError(f"tokens must be an int64 tensor [B, T], got {described(tokens)}")
         if tokens.dim() != 2:
-            raise ValueError(f"tokens must have shape [B, T], got {list(tokens.shape)}")
+            raise InvalidValueError(f"tokens must have shape [B, T], got {list(tokens.shape)}")
         num_scales = self.layout.scales_of_length(tokens.shape[1])
         self._need_causal("decoder", num_scales)
         n = self.layout.tokens_per_scale
+        for name, part, codes in (
+            ("approximation", tokens[:, :n], self.config.approximation_codes),
+            ("detail", tokens[:, n:], self.config.detail_codes),
+        ):
+            if part.numel() and not 0 <= int(part.min()) <= int(part.max()) < codes:
+                raise InvalidValueError(
+                    f"{name} tokens must lie in 0..{codes - 1}; were they made by another tokenizer?"
+                )
         hidden = [self.approximation_quantizer.lookup(tokens[:, :n])]
         if num_scales > 1:
             hidden.append(self.detail_quantizer.lookup(tokens[:, n:]))
@@ -189,7 +193,7 @@ class SpectralTokenizer(nn.Module):
 
     def _need_causal(self, side: str, num_scales: int) -> None:
         if num_scales < self.layout.num_scales and self.config.causal not in (side, "both"):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{num_scales} of {self.layout.num_scales} scales need a scale-causal {side}, but this tokenizer has "
                 f"causal={self.config.causal!r}; train one with causal='both'"
             )

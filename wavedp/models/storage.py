@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from wavedp.errors import BadFileError, InvalidValueError
 from wavedp.models.autoregressive import AutoregressiveConfig, AutoregressiveTransformer
 from wavedp.models.spectral_tokenizer import SpectralTokenizer, SpectralTokenizerConfig
 from wavedp.storage import load_folder, load_weights, save_folder
@@ -27,13 +28,22 @@ def save_model(model: Model, folder: Path | str) -> None:
 def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Model:
     """Loads what `save_model` wrote, in evaluation mode. Raises FileNotFoundError or ValueError naming the file."""
     config, tensors = load_folder(Path(folder))
-    if config.get("kind") not in _KINDS:
-        raise ValueError(f"{folder} holds {config.get('kind')!r}, not one of {sorted(_KINDS)}")
+    if not isinstance(config.get("kind"), str) or config["kind"] not in _KINDS:
+        raise InvalidValueError(f"{folder} holds {config.get('kind')!r}, not one of {sorted(_KINDS)}")
     model_class, config_class = _KINDS[config["kind"]]
     try:
-        model = model_class(config_class(**config["model"]))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the configuration in {folder} does not describe a {config['kind']}: {error}") from error
+        settings = config_class(**config["model"])
+        with torch.device("meta"):  # sizes without memory
+            wanted = {name: value.shape for name, value in model_class(settings).state_dict().items()}
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise BadFileError(f"the configuration in {folder} does not describe a {config['kind']}: {error}") from error
+    differ = {name for name in {*wanted, *tensors} if name not in tensors or wanted.get(name) != tensors[name].shape}
+    if differ:
+        raise BadFileError(
+            f"{folder} does not fit its own configuration: {len(differ)} tensors are missing, too many or of another "
+            f"shape, such as {min(differ)}; copy the folder again"
+        )
+    model = model_class(settings)
     load_weights(model, tensors, Path(folder))
     loaded: Model = model.to(device).eval()
     return loaded
@@ -43,7 +53,7 @@ def load_tokenizer(folder: Path | str, device: torch.device | str = "cpu") -> Sp
     """`load_model`, and a ValueError if the folder holds another kind of model."""
     model = load_model(folder, device)
     if not isinstance(model, SpectralTokenizer):
-        raise ValueError(f"{folder} holds an autoregressive transformer where a tokenizer was asked for")
+        raise InvalidValueError(f"{folder} holds an autoregressive transformer where a tokenizer was asked for")
     return model
 
 
@@ -51,5 +61,5 @@ def load_autoregressive(folder: Path | str, device: torch.device | str = "cpu") 
     """`load_model`, and a ValueError if the folder holds another kind of model."""
     model = load_model(folder, device)
     if not isinstance(model, AutoregressiveTransformer):
-        raise ValueError(f"{folder} holds a tokenizer where an autoregressive transformer was asked for")
+        raise InvalidValueError(f"{folder} holds a tokenizer where an autoregressive transformer was asked for")
     return model

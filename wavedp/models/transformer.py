@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wavedp.errors import InvalidValueError, StateError
+
 
 class KeyValueCache:
     """Keys and values of one attention layer for up to ``length`` positions, allocated once."""
@@ -18,7 +20,7 @@ class KeyValueCache:
         """Stores [B, h, t, d] after what is there; returns everything stored so far."""
         end = self.filled + keys.shape[2]
         if end > self.keys.shape[2]:
-            raise RuntimeError(f"the cache holds {self.keys.shape[2]} positions, {end} were asked for")
+            raise StateError(f"the cache holds {self.keys.shape[2]} positions, {end} were asked for")
         self.keys[:, :, self.filled : end] = keys
         self.values[:, :, self.filled : end] = values
         self.filled = end
@@ -32,7 +34,7 @@ class BlockWeights(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"width={width} must be a multiple of heads={heads}")
+            raise InvalidValueError(f"width={width} must be a multiple of heads={heads}")
         self.heads = heads
         hidden = int(width * mlp_ratio)
         self.attention_norm = nn.RMSNorm(width)
@@ -67,7 +69,7 @@ class CausalBlock(nn.Module):
         q, k, v = self.weights.heads_qkv(x)
         if cache is not None:
             if cache.filled and q.shape[2] != 1:
-                raise RuntimeError("after the first call a cached block takes one position at a time")
+                raise StateError("after the first call a cached block takes one position at a time")
             k, v = cache.append(k, v)
         # A single cached query sees everything stored; otherwise the mask is lower triangular.
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] == k.shape[2] and q.shape[2] > 1)

@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import torch
 
+from wavedp.errors import InvalidValueError, StateError
+
 
 class _Backend(NamedTuple):
     needs: str | None  # module without which it does not work
@@ -107,9 +109,9 @@ def use_backend(name: str) -> Iterator[None]:
     if name != "auto":
         backend = _BACKENDS.get(name)
         if backend is None:
-            raise ValueError(f"unknown backend {name!r}; choose from {', '.join(['auto', *_BACKENDS])}")
+            raise InvalidValueError(f"unknown backend {name!r}; choose from {', '.join(['auto', *_BACKENDS])}")
         if backend.needs is not None and (error := _import_error(backend.needs)):
-            raise RuntimeError(
+            raise StateError(
                 f"backend {name!r} was asked for, but {backend.needs} cannot be imported ({error}): "
                 f"{backend.how_to_get}"
             ) from error
@@ -153,7 +155,7 @@ def _implementation(requested: str, op: str, device: torch.device) -> ModuleType
     if takes_device or (device.type == "cpu" and getattr(module, "INTERPRETED", False)):
         return module
     hint = "; to interpret the kernels on a CPU, start Python with TRITON_INTERPRET=1"
-    raise RuntimeError(
+    raise StateError(
         f"backend {name!r} takes {_BACKENDS[name].devices[0]} tensors, but these are on {device}"
         + (hint if name == "triton" else "")
     )

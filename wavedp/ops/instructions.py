@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from wavedp.errors import InvalidValueError
 from wavedp.ops.backend import use_backend
 
 INSTRUCTIONS = ("baseline", "avx2", "avx512")
@@ -25,7 +26,10 @@ def use_instructions(name: str) -> Iterator[None]:
     with use_backend("native"):
         library: Any = importlib.import_module("wavedp._csrc")
         before = library.isa()
-        library.set_isa(name)
+        try:
+            library.set_isa(name)
+        except (TypeError, ValueError) as error:
+            raise InvalidValueError(str(error)) from None
         try:
             yield
         finally:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavedp.ops.backend import implementation, requested_backend
+from wavedp.ops.backend import implementation
 from wavedp.ops.out import written
-from wavedp.reference import noise as reference
 from wavedp.reference.noise import (
     MAX_STRICT_DEVIATION,
     NARROW,
@@ -35,11 +34,9 @@ __all__ = [
 
 
 def noise_module(device: torch.device) -> ModuleType:
-    """The C++ library for CPU tensors, the CUDA library where it is asked for; the definition on other devices, and for
-    backends that have no noise."""
-    backends = {"cpu": ("auto", "native"), "cuda": ("cuda",)}
-    chosen = requested_backend() in backends.get(device.type, ())
-    return implementation("noise", device) if chosen else reference
+    """As for the other ops: the C++ library for CPU tensors, Triton or else the CUDA library for those on a GPU, unless
+    a backend is asked for; the definition on other devices."""
+    return implementation("noise", device)
 
 
 def chacha20_words(key: Tensor, counter: int, nonce: tuple[int, ...], rounds: int, out: Tensor) -> None:

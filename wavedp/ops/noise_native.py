@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavedp.errors import StateError
 from wavedp.ops.wavelet_native import DTYPE_CODES, call
 from wavedp.reference.noise_step import StepTensor
 
@@ -32,7 +33,7 @@ def key_on(
         yield key.data_ptr()
         return
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("noise cannot be captured in a CUDA graph: it would keep the key, and repeat the noise")
+        raise StateError("noise cannot be captured in a CUDA graph: it would keep the key, and repeat the noise")
     staged = torch.empty(32, dtype=torch.uint8, pin_memory=True)
     memory = torch.empty(32, dtype=torch.uint8, device=device)
     try:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One private step of an optimizer over all of its parameters."""
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,8 +28,8 @@ def noise_step(
     offset: int,
     strict: bool,
 ) -> None:
-    """The checked arguments of an optimizer's step. Tensors of one device in one call where there is a library for it,
-    else one tensor after the other by the definition."""
+    """The checked arguments of an optimizer's step: one call for tensors of one device that follow each other. The
+    definition takes them one by one."""
     dense = [
         one._replace(
             param=one.param if one.param.is_contiguous() else one.param.contiguous(),
@@ -34,13 +37,18 @@ def noise_step(
         )
         for one in tensors
     ]
-    devices = {one.param.device for one in dense}
-    module = noise_module(devices.pop()) if len(devices) == 1 else reference
-    forward = reference_step.noise_step_forward if module is reference else module.noise_step_forward
-    if dense:
-        forward(rule, dense, std, grid, divisor, key, step, offset, strict)
+    for device, run in itertools.groupby(dense, key=lambda one: one.param.device):
+        part = list(run)
+        _forward(device)(rule, part, std, grid, divisor, key, step, offset, strict)
+        offset += sum(one.param.numel() for one in part)
     for given, used in zip(tensors, dense):
         if used.param is not given.param:
             given.param.copy_(used.param)
     changed = [[one.param, one.first, one.second, one.largest, one.average, one.master] for one in tensors]
     written([x for tensor in changed for x in tensor if x is not None])
+
+
+def _forward(device: torch.device) -> Callable[..., None]:
+    module = noise_module(device)
+    forward: Callable[..., None] = (reference_step if module is reference else module).noise_step_forward
+    return forward

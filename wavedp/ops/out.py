@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.ops.eager import is_plain
 
 
@@ -31,7 +32,7 @@ def check_out(
         RuntimeError: a derivative was asked for, or an inference tensor is given outside of inference mode.
     """
     if len(out) != len(shapes):
-        raise ValueError(f"out of {op} must be {len(shapes)} tensors, not {len(out)}")
+        raise InvalidValueError(f"out of {op} must be {len(shapes)} tensors, not {len(out)}")
     plain = is_plain(*inputs, *out, under_grad=True)
     device = inputs[0].device
     for position, (given, shape) in enumerate(zip(out, shapes)):
@@ -39,28 +40,28 @@ def check_out(
             where = f"out of {op}" if len(out) == 1 else f"tensor {position} in out of {op}"
             _check_one(where, given, shape, dtype, device)
     if torch.is_grad_enabled() and [x for x in (*inputs, *out) if x.requires_grad]:
-        raise RuntimeError(
+        raise StateError(
             f"{op} with out= does not support automatic differentiation, but one of the arguments requires grad: "
             "leave out away, or call it under torch.no_grad()"
         )
     if plain:
         if not torch.is_inference_mode_enabled() and [given for given in out if given.is_inference()]:
-            raise RuntimeError(f"out of {op} is an inference tensor, which is not written to outside of inference mode")
+            raise StateError(f"out of {op} is an inference tensor, which is not written to outside of inference mode")
         _check_memory(op, out, inputs)
     return plain
 
 
 def _check_one(where: str, given: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(given, Tensor):
-        raise TypeError(f"{where} must be a torch tensor, not a {type(given).__name__}")
+        raise InvalidTypeError(f"{where} must be a torch tensor, not a {type(given).__name__}")
     if given.shape != shape:
-        raise ValueError(f"{where} must have the shape {tuple(shape)}, not {tuple(given.shape)}")
+        raise InvalidValueError(f"{where} must have the shape {tuple(shape)}, not {tuple(given.shape)}")
     if given.dtype != dtype:
-        raise TypeError(f"{where} must be of {dtype}, not {given.dtype}")
+        raise InvalidTypeError(f"{where} must be of {dtype}, not {given.dtype}")
     if given.device != device:
-        raise ValueError(f"{where} must be on {device} as the input is, not on {given.device}")
+        raise InvalidValueError(f"{where} must be on {device} as the input is, not on {given.device}")
     if given.layout != torch.strided:
-        raise TypeError(f"{where} must be a dense tensor, not {given.layout}")
+        raise InvalidTypeError(f"{where} must be a dense tensor, not {given.layout}")
 
 
 def _check_memory(op: str, out: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
@@ -70,9 +71,9 @@ def _check_memory(op: str, out: Sequence[Tensor], inputs: Sequence[Tensor]) -> N
         return
     for position, given in enumerate(out):
         if any(_share_memory(given, source) for source in inputs):
-            raise ValueError(f"out of {op} overlaps the memory of its input: give it memory of its own")
+            raise InvalidValueError(f"out of {op} overlaps the memory of its input: give it memory of its own")
         if any(_share_memory(given, earlier) for earlier in out[:position]):
-            raise ValueError(f"two tensors in out of {op} overlap: give each memory of its own")
+            raise InvalidValueError(f"two tensors in out of {op} overlap: give each memory of its own")
 
 
 def _extent(x: Tensor) -> tuple[int, int]:

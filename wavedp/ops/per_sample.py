@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.ops.backend import implementation, requested_backend
 from wavedp.ops.wavelet import define_op
 from wavedp.reference import per_sample as reference
@@ -24,16 +25,14 @@ def _module(x: Tensor) -> ModuleType:
     if x.device.type == "cuda" and module.__name__.endswith("_native"):
         # The compiled library for these ops is that of the CPU.
         if requested_backend() == "cuda":
-            raise RuntimeError(
-                "backend 'cuda' has no kernels for the norms of records: ask for 'triton' or 'reference'"
-            )
+            raise StateError("backend 'cuda' has no kernels for the norms of records: ask for 'triton' or 'reference'")
         return reference
     return module
 
 
 def check_float(op: str, name: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
-        raise TypeError(f"{name} of {op} must be float32, float64, bfloat16 or float16, not {x.dtype}")
+        raise InvalidTypeError(f"{name} of {op} must be float32, float64, bfloat16 or float16, not {x.dtype}")
 
 
 def _check(
@@ -47,17 +46,17 @@ def _check(
     for name, x in sequences:
         check_float(op, name, x)
         if x.ndim != 3:
-            raise ValueError(f"{name} of {op} must have the axes [B, T, width], not the shape {tuple(x.shape)}")
+            raise InvalidValueError(f"{name} of {op} must have the axes [B, T, width], not the shape {tuple(x.shape)}")
         if x.shape[:2] != first.shape[:2] or (same_width and x.shape != first.shape):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{first_name} and {name} of {op} disagree on [B, T{', width' * same_width}]: {tuple(first.shape)} "
                 f"and {tuple(x.shape)}"
             )
     if ids is not None:
         if ids.dtype != torch.int64:
-            raise TypeError(f"ids of {op} must be int64, not {ids.dtype}")
+            raise InvalidTypeError(f"ids of {op} must be int64, not {ids.dtype}")
         if ids.shape != first.shape[:2]:
-            raise ValueError(
+            raise InvalidValueError(
                 f"ids of {op} have the shape {tuple(ids.shape)}, but {first_name} {tuple(first.shape)}: expected [B, T]"
             )
     if factors is not None:
@@ -65,13 +64,13 @@ def _check(
     others = [("ids", ids), ("factors", factors), *sequences]
     for name, other in others:
         if other is not None and other.device != first.device:
-            raise ValueError(f"{first_name} of {op} is on {first.device}, but {name} on {other.device}")
+            raise InvalidValueError(f"{first_name} of {op} is on {first.device}, but {name} on {other.device}")
 
 
 def check_factors(op: str, factors: Tensor, records: int) -> None:
     check_float(op, "factors", factors)
     if tuple(factors.shape) != (records,):
-        raise ValueError(f"factors of {op} must have the shape [{records}], not {tuple(factors.shape)}")
+        raise InvalidValueError(f"factors of {op} must have the shape [{records}], not {tuple(factors.shape)}")
 
 
 def _linear_norms(a: Tensor, g: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +100,7 @@ def _embedding_norms_fake(ids: Tensor, g: Tensor, padding_idx: int) -> Tensor:
 def _embedding_weight_grad(ids: Tensor, g: Tensor, factors: Tensor, num_embeddings: int, padding_idx: int) -> Tensor:
     _check("embedding_weight_grad", [("g", g)], factors, ids)
     if num_embeddings < 0:
-        raise ValueError(f"embedding_weight_grad takes num_embeddings of at least 0, not {num_embeddings}")
+        raise InvalidValueError(f"embedding_weight_grad takes num_embeddings of at least 0, not {num_embeddings}")
     total: Tensor = _module(g).embedding_weight_grad(ids, g, factors, num_embeddings, padding_idx)
     return total
 
@@ -128,7 +127,7 @@ def _norm_grads_fake(x: Tensor, g: Tensor, eps: float, subtract_mean: bool) -> t
 def _check_records(op: str, grads: Tensor) -> None:
     check_float(op, "grads", grads)
     if grads.ndim < 1:
-        raise ValueError(f"grads of {op} need the record axis first, got a tensor of no axis")
+        raise InvalidValueError(f"grads of {op} need the record axis first, got a tensor of no axis")
 
 
 def _squared_norms(grads: Tensor) -> Tensor:

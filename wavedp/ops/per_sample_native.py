@@ -131,7 +131,7 @@ def scaled_weight_grad(g: Tensor, a: Tensor, factors: Tensor) -> Tensor:
     if not is_precise:
         return reference.scaled_weight_grad(g, a, factors, _scale_records)
     g, a = (g.to(wide), scaled) if d < p else (scaled, a.to(wide))
-    if B <= records:
+    if records >= B:
         return torch.mm(g.reshape(-1, p).mT, a.reshape(-1, d))
     end = whole * records
     blocks = torch.bmm(g[:end].reshape(whole, -1, p).mT, a[:end].reshape(whole, -1, d))

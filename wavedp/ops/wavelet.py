@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.ops.backend import implementation
 from wavedp.ops.out import copied, written
 from wavedp.reference.wavelet import EDGE_OF_MODE, Edge, band_sizes
@@ -28,7 +29,7 @@ MAX_FUSED_LEVELS = 8
 def check_dtype(op: str, dtype: torch.dtype, *, or_bytes: bool = False) -> None:
     if dtype not in DTYPES and not (or_bytes and dtype == torch.uint8):
         also = ", and images of uint8" if or_bytes else ""
-        raise TypeError(
+        raise InvalidTypeError(
             f"{op} takes float16, bfloat16, float32 or float64{also}, not {dtype}: convert it, say by .float()"
         )
 
@@ -40,10 +41,10 @@ def check_image(op: str, shape: Sequence[int], mode: str) -> Edge:
         ValueError: no image, or an unknown mode.
     """
     if len(shape) < 2 or shape[-2] == 0 or shape[-1] == 0:
-        raise ValueError(f"{op} takes images [..., H, W] of at least 1 x 1, not a shape of {tuple(shape)}")
+        raise InvalidValueError(f"{op} takes images [..., H, W] of at least 1 x 1, not a shape of {tuple(shape)}")
     edge = EDGE_OF_MODE.get(mode)
     if edge is None:
-        raise ValueError(f"unknown mode {mode!r}; choose from {', '.join(EDGE_OF_MODE)}")
+        raise InvalidValueError(f"unknown mode {mode!r}; choose from {', '.join(EDGE_OF_MODE)}")
     return edge
 
 
@@ -56,11 +57,11 @@ def _edge_rule(op: str, shape: Sequence[int], level: int, mode: str) -> Edge:
     """
     edge = check_image(op, shape, mode)
     if level < 1:
-        raise ValueError(f"{op} takes a level of at least 1, not {level}")
+        raise InvalidValueError(f"{op} takes a level of at least 1, not {level}")
     if mode in ("reflect", "antireflect"):
         for height, width in band_sizes(shape[-2], shape[-1], level - 1):
             if height == 1 or width == 1:
-                raise ValueError(
+                raise InvalidValueError(
                     f"mode {mode!r} needs at least 2 samples along each axis, but the image is {height} x {width}: "
                     "use 'symmetric', or fewer levels"
                 )
@@ -86,17 +87,19 @@ def band_shapes(shape: Sequence[int], level: int) -> list[tuple[int, ...]]:
 def check_bands(bands: Sequence[Tensor], given: Sequence[bool], height: int, width: int) -> Tensor:
     """Raises unless the bands agree with each other and with an image of this size; returns one of them."""
     if len(given) % 3 != 1 or len(given) < 4 or sum(given) != len(bands):
-        raise ValueError(f"waverec2 takes 3 L + 1 flags, true for each of its {len(bands)} bands, not {list(given)}")
+        raise InvalidValueError(
+            f"waverec2 takes 3 L + 1 flags, true for each of its {len(bands)} bands, not {list(given)}"
+        )
     if not bands:
-        raise ValueError("waverec2 takes at least one band")
+        raise InvalidValueError("waverec2 takes at least one band")
     first = bands[0]
     check_dtype("waverec2", first.dtype)
     if height < 1 or width < 1:
-        raise ValueError(f"waverec2 gives an image of at least 1 x 1, not {height} x {width}")
+        raise InvalidValueError(f"waverec2 gives an image of at least 1 x 1, not {height} x {width}")
     shapes = band_shapes((*first.shape[:-2], height, width), len(given) // 3)
     for band, shape in zip(bands, (shape for shape, there in zip(shapes, given) if there)):
         if (band.dtype, band.device) != (first.dtype, first.device) or tuple(band.shape) != shape:
-            raise ValueError(
+            raise InvalidValueError(
                 f"a band of waverec2 must be {tuple(shape)} {first.dtype} on {first.device} for an image of "
                 f"{height} x {width}, but one is {tuple(band.shape)} {band.dtype} on {band.device}"
             )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavedp.errors import StateError
 from wavedp.ops.backend import is_forked
 from wavedp.reference.wavelet import Edge, band_sizes
 
@@ -46,7 +47,7 @@ def call(function: str, x: Tensor, *arguments: Any) -> None:
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else nullcontext():
         stream = torch.cuda.current_stream(device).cuda_stream
         if code := getattr(cuda, function)(*arguments, stream):
-            raise RuntimeError(f"wavedp {function} on {device}: {cuda.error_string(code)}")
+            raise StateError(f"wavedp {function} on {device}: {cuda.error_string(code)}")
 
 
 def template(shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidValueError
 from wavedp.ops.backend import implementation
 from wavedp.ops.out import copied, written
 from wavedp.ops.wavelet import (
@@ -30,11 +31,11 @@ from wavedp.reference.wavelet_tokens import scale_channels as scale_channels
 def check_grid(op: str, height: int, width: int, level: int, grid: Sequence[int]) -> None:
     """Raises unless every scale of the image has whole patches in this grid."""
     if len(grid) != 2 or grid[0] < 1 or grid[1] < 1:
-        raise ValueError(f"{op} takes a grid (rows, columns) of at least 1 x 1, not {tuple(grid)}")
+        raise InvalidValueError(f"{op} takes a grid (rows, columns) of at least 1 x 1, not {tuple(grid)}")
     for name, size, count in (("height", height, grid[0]), ("width", width, grid[1])):
         step = count * 2**level
         if size < 1 or size % step:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{op} takes a {name} that is a multiple of {step} = {count} tokens * 2^{level}, not {size}: "
                 "resize the image, or take fewer levels or a smaller grid"
             )
@@ -54,7 +55,7 @@ def token_shapes(images: Sequence[int], level: int, grid: Sequence[int]) -> list
 def _check_images(dtype: torch.dtype, shape: Sequence[int], level: int, grid: Sequence[int]) -> None:
     check_dtype("wavelet_tokens", dtype, or_bytes=True)
     if len(shape) != 4 or shape[1] < 1:
-        raise ValueError(f"wavelet_tokens takes images [B, C, H, W] of at least one channel, not {tuple(shape)}")
+        raise InvalidValueError(f"wavelet_tokens takes images [B, C, H, W] of at least one channel, not {tuple(shape)}")
     check_grid("wavelet_tokens", shape[2], shape[3], level, grid)
 
 
@@ -71,7 +72,7 @@ def _check_tokens(
     batch = shapes[0][0] if len(shapes[0]) == 3 else 0
     for scale, (found, shape) in enumerate(zip(shapes, token_shapes((batch, channels, height, width), level, grid))):
         if tuple(found) != shape:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the tokens of scale {scale} of images [{channels}, {height}, {width}] have the shape "
                 f"[B, {shape[1]}, {shape[2]}] with one batch B for all scales, not {tuple(found)}"
             )
@@ -82,12 +83,12 @@ _cached_check_tokens = functools.lru_cache(maxsize=4096)(_check_tokens)
 
 def _check_agreement(tokens: Sequence[Tensor]) -> Tensor:
     if not tokens:
-        raise ValueError("wavelet_untokens takes the tokens of at least one scale")
+        raise InvalidValueError("wavelet_untokens takes the tokens of at least one scale")
     first = tokens[0]
     dtype, device = first.dtype, first.device
     for scale, one in enumerate(tokens):
         if one.dtype is not dtype or one.device != device:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the tokens of wavelet_untokens must agree in dtype and device, but scale 0 is {first.dtype} on "
                 f"{first.device} and scale {scale} {one.dtype} on {one.device}"
             )
@@ -102,7 +103,7 @@ def _affine(op: str, shift: Tensor | None, scale: Tensor | None, count: int, lik
         if value is None:
             value = torch.full((count,), absent, dtype=dtype, device=like.device)
         elif value.shape != (count,):
-            raise ValueError(f"the {name} of {op} must have the shape ({count},), not {tuple(value.shape)}")
+            raise InvalidValueError(f"the {name} of {op} must have the shape ({count},), not {tuple(value.shape)}")
         if value.dtype is not dtype or value.device != like.device or not value.is_contiguous():
             value = value.to(like.device, dtype).contiguous()
         result.append(value)

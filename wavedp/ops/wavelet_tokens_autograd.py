@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidValueError, StateError
 from wavedp.ops.backend import requested_backend, use_backend
 from wavedp.ops.eager import is_differentiated, is_plain
 from wavedp.ops.out import copied
@@ -69,7 +70,9 @@ def wavelet_untokens(
 
 def _refuse_batched_constants(dims: Sequence[int | None]) -> None:
     if any(dim is not None for dim in dims):
-        raise ValueError("mean and std are constants: vmap cannot run over them; normalise the tokens afterwards")
+        raise InvalidValueError(
+            "mean and std are constants: vmap cannot run over them; normalise the tokens afterwards"
+        )
 
 
 class _WaveletTokens(torch.autograd.Function):
@@ -91,7 +94,7 @@ class _WaveletTokens(torch.autograd.Function):
         (scale,) = ctx.saved_tensors
         wanted = dtokens[: ctx.level + 1]
         if dtokens[ctx.level + 1 :] not in ((), (None,)):
-            raise RuntimeError("energies of wavelet_tokens carry no gradient: take the squares of its tokens")
+            raise StateError("energies of wavelet_tokens carry no gradient: take the squares of its tokens")
         given = next((dtoken for dtoken in wanted if dtoken is not None), None)
         if given is None:
             return (None,) * 10

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     )
     from wavedp.privacy.independence import check_records_independent
     from wavedp.privacy.ledger import LedgerError, PrivacyLedger
+    from wavedp.privacy.ledger_budget import PrivacyBudget
+    from wavedp.privacy.ledger_contents import check_not_forked, read_ledger
     from wavedp.privacy.loader import PrivateLoader
     from wavedp.privacy.noise import gaussian_noise, grid_step, round_to_grid
     from wavedp.privacy.optimizer import PrivateOptimizer
@@ -62,12 +64,14 @@ _HOMES = {
     "PerLayerClipping": "clipping_groups",
     "Phase": "accounting",
     "PoissonSampler": "sampling",
+    "PrivacyBudget": "ledger_budget",
     "PrivacyEngine": "engine",
     "PrivacyLedger": "ledger",
     "PrivacySpec": "spec",
     "PrivacyStatement": "statement",
     "PrivateLoader": "loader",
     "PrivateOptimizer": "optimizer",
+    "check_not_forked": "ledger_contents",
     "check_records_independent": "independence",
     "clip_and_sum": "clipping",
     "composed_epsilon": "accounting",
@@ -84,6 +88,7 @@ _HOMES = {
     "noise_multiplier_beside_count": "clipping_adaptive",
     "noise_multiplier_for": "accounting",
     "physical_batches": "sampling",
+    "read_ledger": "ledger_contents",
     "records_per_block": "rounding",
     "release_label_histogram": "histogram",
     "round_to_grid": "noise",
@@ -107,12 +112,14 @@ __all__ = [
     "PerLayerClipping",
     "Phase",
     "PoissonSampler",
+    "PrivacyBudget",
     "PrivacyEngine",
     "PrivacyLedger",
     "PrivacySpec",
     "PrivacyStatement",
     "PrivateLoader",
     "PrivateOptimizer",
+    "check_not_forked",
     "check_records_independent",
     "clip_and_sum",
     "composed_epsilon",
@@ -129,6 +136,7 @@ __all__ = [
     "noise_multiplier_beside_count",
     "noise_multiplier_for",
     "physical_batches",
+    "read_ledger",
     "records_per_block",
     "release_label_histogram",
     "round_to_grid",

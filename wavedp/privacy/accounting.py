@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from wavedp.errors import InvalidValueError, StateError
 from wavedp.extras import import_extra
 from wavedp.privacy import pld
 from wavedp.privacy.calibration import noise_multiplier_for, steps_for
@@ -134,13 +135,11 @@ def composed_epsilon_prv(phases: Iterable[Phase], delta: float, *, eps_error: fl
     question, delta = _question(phases, delta)
     for phase in question:
         if phase.cut_probability() > 0.0:
-            raise ValueError("the PRV accountant does not know truncated Poisson sampling")
+            raise InvalidValueError("the PRV accountant does not know truncated Poisson sampling")
         if phase.sample_rate == 1.0:
-            raise ValueError("the PRV accountant does not know releases from all records (sample_rate=1)")
-        if phase.noise_multiplier < pld.MIN_NOISE_MULTIPLIER:
-            raise ValueError(
-                f"noise_multiplier={phase.noise_multiplier} is below {pld.MIN_NOISE_MULTIPLIER}: nothing to compare"
-            )
+            raise InvalidValueError("the PRV accountant does not know releases from all records (sample_rate=1)")
+        if phase.too_little_noise():
+            raise InvalidValueError(f"noise_multiplier={phase.noise_multiplier} is too small for the PRV accountant")
     accountant = import_extra("opacus.accountants", "account").PRVAccountant()
     if not question:
         return 0.0
@@ -148,7 +147,7 @@ def composed_epsilon_prv(phases: Iterable[Phase], delta: float, *, eps_error: fl
     try:
         return max(0.0, float(accountant.get_epsilon(delta, eps_error=eps_error)))
     except (ValueError, RuntimeError) as error:
-        raise RuntimeError(f"the PRV accountant finds no epsilon here: {error}") from error
+        raise StateError(f"the PRV accountant finds no epsilon here: {error}") from error
 
 
 def composed_event(phases: Iterable[Phase]) -> "DpEvent":

@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.privacy.sampling import PoissonSampler
 from wavedp.privacy.spec import PrivacySpec
 
@@ -11,20 +12,20 @@ from wavedp.privacy.spec import PrivacySpec
 def check_sampler(sampler: PoissonSampler, spec: PrivacySpec, steps_left: int) -> None:
     """Raise a TypeError or ValueError unless ``sampler`` is fresh and draws what ``spec`` accounts for."""
     if type(sampler) is not PoissonSampler:
-        raise TypeError(f"sampler must be a PoissonSampler, and no subclass of it, got {type(sampler).__name__}")
+        raise InvalidTypeError(f"sampler must be a PoissonSampler, and no subclass of it, got {type(sampler).__name__}")
     if sampler.sample_rate != spec.sample_rate:
-        raise ValueError(f"the sampler draws at {sampler.sample_rate}, the accounting is for {spec.sample_rate}")
+        raise InvalidValueError(f"the sampler draws at {sampler.sample_rate}, the accounting is for {spec.sample_rate}")
     if sampler.truncated_batch_size != spec.truncated_batch_size:
-        raise ValueError(
+        raise InvalidValueError(
             f"the sampler cuts batches to {sampler.truncated_batch_size}, the accounting is for "
             f"{spec.truncated_batch_size}; build it by PoissonSampler.for_spec"
         )
     if sampler.num_records > spec.dataset_size_bound:
-        raise ValueError(f"the data set has more records than dataset_size_bound={spec.dataset_size_bound}")
+        raise InvalidValueError(f"the data set has more records than dataset_size_bound={spec.dataset_size_bound}")
     if sampler.drawn:
-        raise ValueError(f"the sampler already drew {sampler.drawn} batches; build a fresh one")
+        raise InvalidValueError(f"the sampler already drew {sampler.drawn} batches; build a fresh one")
     if sampler.steps > steps_left:
-        raise ValueError(
+        raise InvalidValueError(
             f"the sampler has {sampler.steps} steps, of which {steps_left} are left; build it with steps={steps_left}"
         )
 
@@ -56,7 +57,7 @@ class BatchTracker:
             RuntimeError: a backward failed in it, nothing was drawn, or a batch before it was left out.
         """
         if self._failed:
-            raise RuntimeError(
+            raise StateError(
                 "backward() failed in this batch, so what it booked may be incomplete: call discard(); after a "
                 "discarded batch, further steps get no privacy statement"
             )
@@ -64,9 +65,9 @@ class BatchTracker:
             return
         waiting = self._sampler.drawn - self._finished
         if waiting < 1:
-            raise RuntimeError("the sampler drew no batch since the last step(): take the next one from iter(sampler)")
+            raise StateError("the sampler drew no batch since the last step(): take the next one from iter(sampler)")
         if waiting > 1 or self._sampler.last_batch is None:
-            raise RuntimeError(
+            raise StateError(
                 f"{waiting} batches were drawn and not stepped. Call step() for every batch before the next is "
                 f"drawn, for empty ones too: no continue, no list(sampler), no loader that prefetches. discard() "
                 f"gives the waiting batches up; further steps then get no privacy statement"
@@ -81,20 +82,22 @@ class BatchTracker:
         """
         if records is None:
             if self._sampler is not None:
-                raise TypeError("pass records=, the micro-batch's indices: they are checked against the drawn batch")
+                raise InvalidTypeError(
+                    "pass records=, the micro-batch's indices: they are checked against the drawn batch"
+                )
             return frozenset()
         if not isinstance(records, Tensor) or records.dtype != torch.int64:
             kind = records.dtype if isinstance(records, Tensor) else type(records).__name__
-            raise TypeError(f"records must be an int64 tensor of record indices, got {kind}")
+            raise InvalidTypeError(f"records must be an int64 tensor of record indices, got {kind}")
         if rows is not None and tuple(records.shape) != (rows,):
-            raise ValueError(f"records has shape {tuple(records.shape)}, losses are of {rows} records")
+            raise InvalidValueError(f"records has shape {tuple(records.shape)}, losses are of {rows} records")
         indices = frozenset(records.flatten().tolist())
         if len(indices) != records.numel() or indices & self._booked:
-            raise ValueError("a record comes twice in one logical batch and would contribute twice the bound")
+            raise InvalidValueError("a record comes twice in one logical batch and would contribute twice the bound")
         if indices and not 0 <= min(indices) <= max(indices) < self._record_bound:
-            raise ValueError(f"records holds indices outside of [0, {self._record_bound})")
+            raise InvalidValueError(f"records holds indices outside of [0, {self._record_bound})")
         if self._sampler is not None and not indices <= self._drawn_members():
-            raise ValueError("records holds indices that are not in the batch that the sampler drew last")
+            raise InvalidValueError("records holds indices that are not in the batch that the sampler drew last")
         return indices
 
     @property
@@ -121,13 +124,13 @@ class BatchTracker:
         if self._announced is None:
             if self._sampler is None and not self.pending:
                 return frozenset()
-            raise RuntimeError(
+            raise StateError(
                 "a second backward of the same records would let each contribute twice the bound. Sum losses before "
                 "one backward; set sample_id where a record has several rows; take micro-batches from the loader "
                 "(physical_batch_size), or name their records by announce(records) before each backward"
             )
         if records != len(self._announced):
-            raise RuntimeError(
+            raise StateError(
                 f"a backward of {records} records, where {len(self._announced)} are next: the loss has to be about all "
                 f"records that the loader yielded, one row each unless sample_id says otherwise"
             )
@@ -140,7 +143,7 @@ class BatchTracker:
             return
         members = self._drawn_members()
         if self._booked != members:
-            raise RuntimeError(
+            raise StateError(
                 f"{len(members - self._booked)} of the {len(members)} records of the drawn batch were not passed to "
                 f"backward(): pass the missing micro-batches, or discard() the batch"
             )

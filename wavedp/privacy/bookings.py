@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.privacy.clipping import Clipping, accumulation_dtype
 from wavedp.privacy.per_sample import PerSampleGradient, combined
 
@@ -26,7 +27,9 @@ class RecordMap:
 
     def __init__(self, sample_id: Tensor) -> None:
         if sample_id.dtype != torch.int64 or sample_id.ndim != 1:
-            raise TypeError(f"sample_id must be an int64 tensor [rows], got {sample_id.dtype} {tuple(sample_id.shape)}")
+            raise InvalidTypeError(
+                f"sample_id must be an int64 tensor [rows], got {sample_id.dtype} {tuple(sample_id.shape)}"
+            )
         self.ids, self.index, counts = torch.unique(sample_id, return_inverse=True, return_counts=True)
         self.rows = len(sample_id)
         self.records = len(self.ids)
@@ -35,7 +38,9 @@ class RecordMap:
     def check_rows(self, rows: int) -> None:
         """Raise a ValueError unless the map is of a batch of ``rows``."""
         if rows != self.rows:
-            raise ValueError(f"sample_id has {self.rows} rows, the batch has {rows}: it names the record of every row")
+            raise InvalidValueError(
+                f"sample_id has {self.rows} rows, the batch has {rows}: it names the record of every row"
+            )
 
     def weighted(self, output_grads: Tensor) -> Tensor:
         """Divide every row of ``[rows, ...]`` by the number of rows that its record has."""
@@ -91,7 +96,7 @@ class Bookings:
         first, second = self._left[name], form.squared_norms()
         same = (first - second).abs() <= _SAME * first
         if not bool((same | (~first.isfinite() & ~second.isfinite())).all()):
-            raise RuntimeError(
+            raise StateError(
                 f"the two backwards gave parameter {name!r} different gradients, so its norms do not bound its sum: "
                 f"something in the model differs from run to run, such as dropout in a checkpoint without "
                 f"preserve_rng_state; correct that, or use one backward"
@@ -112,7 +117,7 @@ class Bookings:
     def clipped_sums(self, factors: "Factors") -> dict[str, Tensor]:
         """The sums over records of clipped gradients, by parameter; empties the bookings."""
         sums = {}
-        for name in list(self._forms):
+        for name in reversed(list(self._forms)):  # what was booked last may still be in the cache
             (form,) = self._forms.pop(name)
             sums[name] = factors.clipped_sum(name, form)
         return sums

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from wavedp.errors import InvalidValueError, StateError
 from wavedp.privacy import compiled
 from wavedp.privacy.bookings import Bookings, Factors, RecordMap
 from wavedp.privacy.clipping import Clipping
@@ -54,9 +55,11 @@ class GradientBook:
         two_backwards: bool = False,
     ) -> None:
         if hasattr(model, "_orig_mod"):
-            raise ValueError("the model is a compiled one: make the model itself private, and compile it afterwards")
+            raise InvalidValueError(
+                "the model is a compiled one: make the model itself private, and compile it afterwards"
+            )
         if "forward" in vars(model):
-            raise ValueError(
+            raise InvalidValueError(
                 f"the {type(model).__name__} has a forward of its own (another GradientBook, or a library that wraps "
                 f"models, is attached): detach it, or attach it afterwards"
             )
@@ -73,7 +76,8 @@ class GradientBook:
         self._heard: tuple[int, Booking] | None = None  # the backward a listener waits for, by autograd's number
         self._runs: Counter[str] = Counter()  # uses of each layer since the last backward
         self._rows: int | None = None  # of the batch that the model's forward is running on
-        self._anchors: list[tuple[Place | None, Tensor]] = []  # of the taps since the model's forward began
+        self._anchor_of: dict[tuple[Place, torch.device], Tensor] = {}
+        self._anchors: dict[tuple[Place, torch.device] | None, Tensor] = {}  # of taps since the model's forward began
         self._anchor = torch.zeros((), requires_grad=True)  # of the taps in compiled graphs
         self._probe = IndependenceProbe()
         self.sample_id: Tensor | None = None
@@ -156,7 +160,7 @@ class GradientBook:
         """Raise a RuntimeError if a trainable parameter holds a ``.grad``."""
         filled = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
         if filled:
-            raise RuntimeError(
+            raise StateError(
                 f"parameters {filled} were used outside their own layer's forward (such as F.linear(h, "
                 f"embedding.weight) in a method other than the model's forward), so their per-record gradients are "
                 f"not known; call the layer itself, or freeze the parameter"
@@ -191,8 +195,12 @@ class GradientBook:
         numbers = {"": compiled.register(self, path, "")}  # before anything is compiled, which cannot register
 
         def tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:
-            output, inputs = self._for_every_record(output, inputs)
-            return self._tap((path, use, inputs.ndim), output, inputs)
+            if type(output) is not Tensor or type(inputs) is not Tensor:
+                output, inputs = self._for_every_record(output, inputs)
+                return self._tap((path, use, inputs.ndim), output, inputs)
+            with torch._C.DisableTorchFunction():  # a mode would see every attribute that is read
+                output, inputs = self._for_every_record(output, inputs)
+                return self._tap((path, use, inputs.ndim), output, inputs)
 
         def compiled_tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:
             if use not in numbers:
@@ -204,7 +212,7 @@ class GradientBook:
             if module is not layer or not torch.is_grad_enabled():
                 return type(module).forward(module, *args, **kwargs)
             if any(getattr(layer, key) is not parameter for key, parameter in owned):
-                raise RuntimeError(
+                raise StateError(
                     f"layer {path!r} runs with other parameters than it was attached with, as in "
                     f"torch.func.functional_call: their gradients are not known"
                 )
@@ -222,7 +230,7 @@ class GradientBook:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _look_compiled(self, output: Any) -> Any:
         if self._listener is not None:
-            self._anchors = [(None, self._anchor)]
+            self._anchors = {None: self._anchor}
             self._look_at(output)
         return output
 
@@ -245,15 +253,18 @@ class GradientBook:
     def _tap(self, place: Place, output: Tensor, inputs: Tensor) -> Tensor:
         self.note(place)
         # The anchor makes autograd reach the tap even when the layer's input needs no gradient.
-        anchor = torch.zeros((), device=output.device, requires_grad=True)
-        self._anchors.append((place, anchor))
+        device = output.device
+        anchor = self._anchor_of.get((place, device))
+        if anchor is None:
+            anchor = self._anchor_of[place, device] = torch.zeros((), device=device, requires_grad=True)
+        self._anchors[place, device] = anchor
         tapped: Tensor = Tap.apply(output, anchor, inputs.detach(), self.seen, place)  # type: ignore[no-untyped-call]
         return tapped
 
     def seen(self, place: Place, call: Call) -> None:
         """Take what a tap saw in a backward."""
         if torch.is_grad_enabled():
-            raise RuntimeError(
+            raise StateError(
                 f"a backward with create_graph=True reached layer {place[0]!r}: the gradient of a gradient would miss "
                 f"the booked parameters, so gradient penalties cannot be trained privately"
             )
@@ -262,7 +273,7 @@ class GradientBook:
             self._taker.take(place, call)
             return
         if self._listener is None:
-            raise RuntimeError(
+            raise StateError(
                 f"a backward pass reached layer {place[0]!r} outside of private clipping; call "
                 f"PrivateOptimizer.backward(losses) with the vector of per-record losses, once per "
                 f"micro-batch, in place of loss.backward()"
@@ -273,13 +284,13 @@ class GradientBook:
             self._heard = (number, self._booking(Bookings(record_map)))
             torch.autograd.Variable._execution_engine.queue_callback(self._tell)
         if self._heard[0] != number:
-            raise RuntimeError(
+            raise StateError(
                 "a backward before this one failed, or this one runs inside another, as in a reentrant checkpoint: "
                 "drop the batch with discard(), and use checkpoint(..., use_reentrant=False)"
             )
         node: Any = torch._C._current_autograd_node()
         if node is not None and node.metadata.setdefault(_BOOKED, number) != number:
-            raise RuntimeError("a second backward through the same forward: compute the loss anew")
+            raise StateError("a second backward through the same forward: compute the loss anew")
         self._heard[1].take(place, call)
 
     def _tell(self) -> None:
@@ -289,10 +300,10 @@ class GradientBook:
         heard = self._heard[1]
         try:
             if self._two_backwards:
-                raise RuntimeError("two backwards save memory in backward(losses) alone, and not in loss.backward()")
+                raise StateError("two backwards save memory in backward(losses) alone, and not in loss.backward()")
             self._check_after()
             if heard.unverified and (heard.bookings.rows or 0) > 1:
-                raise RuntimeError(
+                raise StateError(
                     f"{_named(heard.unverified)} got gradients, and whether they keep records apart was not looked at: "
                     f"run the model by calling it, model(...), and take the loss of what it returns; or pass "
                     f"per-record losses to backward(losses)"
@@ -327,7 +338,7 @@ class GradientBook:
         ones = torch.ones_like(losses)
         self._differentiate(main, losses, ones, retain_graph=due or self._two_backwards)
         if len(losses) > 1 and main.unverified and not due:
-            raise RuntimeError(
+            raise StateError(
                 f"{_named(main.unverified)} ran first inside the backward, in a reentrant "
                 f"checkpoint, so whether they keep records apart cannot be looked at; use "
                 f"checkpoint(..., use_reentrant=False)"
@@ -353,7 +364,7 @@ class GradientBook:
         # Where it is the turn of what was never seen to get a gradient, only what leads there is differentiated.
         unverified = self._probe.unverified()
         turn = self._probe.is_turn(*outputs)
-        anchors = [anchor for place, anchor in self._anchors if turn or place is None or place in unverified]
+        anchors = [anchor for at, anchor in self._anchors.items() if turn or at is None or at[0] in unverified]
         if anchors and (turn or unverified):
             looked = self._look(outputs, rows, full=bool(unverified), anchors=anchors)
             for tensor in outputs:
@@ -388,33 +399,33 @@ class GradientBook:
 
     def _check_before(self, losses: Tensor) -> None:
         if not self.attached:
-            raise RuntimeError("this GradientBook is detached")
+            raise StateError("this GradientBook is detached")
         if losses.ndim != 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"losses must be a vector [B] with one loss per record, got shape {tuple(losses.shape)}: a "
                 f"mean or sum over the batch, or over its tokens, couples records and cannot be clipped per "
                 f"record; use reduction='none' and average over each record's own tokens"
             )
         if losses.grad_fn is None:
-            raise ValueError("losses have no graph: compute them with gradients enabled from the attached model")
+            raise InvalidValueError("losses have no graph: compute them with gradients enabled from the attached model")
         node: Any = losses.grad_fn
         if _BOOKED in node.metadata:
-            raise RuntimeError("backward through the same losses a second time: compute them anew")
+            raise StateError("backward through the same losses a second time: compute them anew")
         node.metadata[_BOOKED] = True
         if _identities(trainable_parameters(self.model)) != _identities(self.parameters):
-            raise RuntimeError(
+            raise StateError(
                 "the model's trainable parameters changed after the GradientBook was attached; freeze, "
                 "unfreeze and replace parameters before attaching"
             )
         filled = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
         if filled:
-            raise RuntimeError(f"parameters {filled} already have a .grad before the backward; set it to None")
+            raise StateError(f"parameters {filled} already have a .grad before the backward; set it to None")
 
     def _check_after(self) -> None:
         self.check_nothing_unbooked()
         for name, (buffer, version) in saved_buffers(self.model).items():
             if name not in self._buffers or self._buffers[name][0] is not buffer or self._buffers[name][1] != version:
-                raise RuntimeError(
+                raise StateError(
                     f"buffer {name!r} changed since the GradientBook was attached: a buffer that the "
                     f"forward updates would publish private data without noise; stop updating it (moving the "
                     f"model must come before attaching)"

@@ -4,12 +4,13 @@
 import math
 from collections.abc import Callable, Iterable
 
+from wavedp.errors import InvalidValueError, StateError
 from wavedp.privacy.phases import (
     MAX_NOISE_MULTIPLIER,
     MAX_STEPS,
-    MIN_NOISE_MULTIPLIER,
     Phase,
     check_delta,
+    least_noise_multiplier,
     merged,
     total_steps,
 )
@@ -45,8 +46,8 @@ def noise_multiplier_for(
     others = merged(other_phases)
     delta = check_delta(delta, phase.steps + total_steps(others))
     if phase.steps == 0:
-        raise ValueError("steps must be >= 1: no noise multiplier makes zero steps cost something")
-    least = MIN_NOISE_MULTIPLIER * (2.0 if phase.cut_probability() else 1.0)
+        raise InvalidValueError("steps must be >= 1: no noise multiplier makes zero steps cost something")
+    least = least_noise_multiplier(phase)
 
     def at(noise_multiplier: float) -> tuple[Phase, ...]:
         return _with(phase, others, noise_multiplier=noise_multiplier)
@@ -62,7 +63,7 @@ def noise_multiplier_for(
         while cost(low, interval) <= target:
             high, low = low, low * 0.8
             if low < least:
-                raise ValueError(
+                raise InvalidValueError(
                     f"target_epsilon={target} is so loose for sample_rate={phase.sample_rate}, steps={phase.steps}, "
                     f"delta={delta} that a noise multiplier of {least} already meets it: lower the target"
                 )
@@ -72,12 +73,12 @@ def noise_multiplier_for(
     if _room(others, delta, target, COARSE_INTERVAL):
         guess = search(COARSE_INTERVAL)
     elif not _room(others, delta, target, FINE_INTERVAL):
-        raise ValueError(_no_room(others, delta, target))
+        raise InvalidValueError(_no_room(others, delta, target))
     if guess is None or not 0.99 * target <= cost(guess, FINE_INTERVAL) <= target:
         guess = search(FINE_INTERVAL)
     reached = checked_epsilon(at(guess), delta)
     if not 0.99 * target <= reached <= target:
-        raise RuntimeError(f"calibration to epsilon {target} ended at {reached} with noise multiplier {guess}")
+        raise StateError(f"calibration to epsilon {target} ended at {reached} with noise multiplier {guess}")
     return guess
 
 
@@ -103,7 +104,7 @@ def steps_for(
     others = merged(other_phases)
     delta = check_delta(delta, 1 + total_steps(others))
     if upper_epsilon(others, delta, FINE_INTERVAL) > target:
-        raise ValueError(_no_room(others, delta, target))
+        raise InvalidValueError(_no_room(others, delta, target))
     if phase.noise_multiplier == 0.0:
         return 0
 
@@ -115,7 +116,7 @@ def steps_for(
     low, high = 1, _steps_by_rdp(target, phase, others, delta)
     while cost(high) <= target:
         if high == MAX_STEPS:
-            raise ValueError(f"{MAX_STEPS} steps stay within the target epsilon")
+            raise InvalidValueError(f"{MAX_STEPS} steps stay within the target epsilon")
         # Epsilon of equal steps grows at least with their square root.
         ratio = target / cost(high) if cost(high) > 0 else 2.0
         growth = 2.0 if others else min(2.0, 1.001 * ratio**2)
@@ -154,7 +155,7 @@ def _bracket(cost: Callable[[float], float], target: float, least: float) -> tup
     while cost(high) > target:
         high *= 2.0
         if high > MAX_NOISE_MULTIPLIER:
-            raise ValueError(f"target_epsilon={target} needs a noise multiplier above {MAX_NOISE_MULTIPLIER}")
+            raise InvalidValueError(f"target_epsilon={target} needs a noise multiplier above {MAX_NOISE_MULTIPLIER}")
     low = high
     while low > least and cost(low) <= target:
         high, low = low, max(low / 1.5, least)

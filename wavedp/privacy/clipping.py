@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.functional import clip_and_sum as clip_and_sum
 from wavedp.privacy.entropy import Entropy
 from wavedp.privacy.rounding import SUM_ROUNDING_ALLOWANCE
@@ -32,7 +33,7 @@ _ROUND_DOWN = {torch.float32: 1.0 - 2.0**-22, torch.float64: 1.0 - 2.0**-50}
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which gradients of ``dtype`` are summed: float32, or float64 for float64."""
     if not dtype.is_floating_point:
-        raise TypeError(f"gradients must be real floating point, got {dtype}")
+        raise InvalidTypeError(f"gradients must be real floating point, got {dtype}")
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -141,7 +142,7 @@ class Clipping(ABC):
             RuntimeError: a logical batch is under way.
         """
         if state:
-            raise ValueError(f"{type(self).__name__} has no state, got one with the keys {sorted(state)}")
+            raise InvalidValueError(f"{type(self).__name__} has no state, got one with the keys {sorted(state)}")
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class OneGroupClipping(Clipping):
 
     def _factors_of(self, group: str, squared_norms: Tensor, dtype: torch.dtype) -> Tensor:
         if group != FLAT_GROUP:
-            raise ValueError(f"{type(self).__name__} has one group, {FLAT_GROUP!r}, and not {group!r}")
+            raise InvalidValueError(f"{type(self).__name__} has one group, {FLAT_GROUP!r}, and not {group!r}")
         return self.factors(squared_norms, dtype)
 
 
@@ -245,7 +246,7 @@ def check_max_grad_norm(value: object, name: str = "max_grad_norm") -> float:
 def check_factor_dtype(dtype: torch.dtype) -> None:
     """Raise a TypeError unless ``dtype`` is one in which sums are taken."""
     if dtype not in _ROUND_DOWN:
-        raise TypeError(f"factors are float32 or float64, as the sums they make; got {dtype}")
+        raise InvalidTypeError(f"factors are float32 or float64, as the sums they make; got {dtype}")
 
 
 def factors_up_to_one(squared_norms: Tensor, bound: float, dtype: torch.dtype) -> Tensor:
@@ -264,7 +265,9 @@ def finite_in_every_group(squared_norms: Mapping[str, Tensor]) -> Tensor | None:
     """
     shapes = {tuple(squared.shape) for squared in squared_norms.values()}
     if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
-        raise ValueError(f"squared norms must be one vector [B] per group, all of one length; got {sorted(shapes)}")
+        raise InvalidValueError(
+            f"squared norms must be one vector [B] per group, all of one length; got {sorted(shapes)}"
+        )
     finite: Tensor | None = None
     for squared in squared_norms.values():
         own = torch.isfinite(squared)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidValueError, StateError
 from wavedp.privacy.clipping import FLAT_GROUP, Clipping, FlatClipping, OneGroupClipping, finite_in_every_group
 from wavedp.privacy.entropy import Entropy
 from wavedp.privacy.noise import gaussian_noise, grid_step, round_to_grid
@@ -42,7 +43,7 @@ def noise_multiplier_beside_count(noise_multiplier: float, count_noise_stddev: f
     z = check_real("noise_multiplier", noise_multiplier, at_least=0.0)
     sigma = check_real("count_noise_stddev", count_noise_stddev, above=0.0)
     if z >= 2.0 * sigma:
-        raise ValueError(
+        raise InvalidValueError(
             f"count_noise_stddev={sigma:.6g} must be above noise_multiplier / 2 = {z / 2:.6g}: with less noise the "
             f"count alone costs more than the whole step may; a few times the noise multiplier is usual"
         )
@@ -156,7 +157,7 @@ class AdaptiveSession(Clipping):
 
     def observe(self, squared_norms: Mapping[str, Tensor]) -> None:
         if set(squared_norms) - {FLAT_GROUP}:
-            raise ValueError(f"adaptive clipping has one group, {FLAT_GROUP!r}; got {sorted(squared_norms)}")
+            raise InvalidValueError(f"adaptive clipping has one group, {FLAT_GROUP!r}; got {sorted(squared_norms)}")
         self._observed = True
         finite = finite_in_every_group(squared_norms)
         if finite is not None:
@@ -187,9 +188,11 @@ class AdaptiveSession(Clipping):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._observed:
-            raise RuntimeError("a logical batch is under way: call end_step() or drop_step() first")
+            raise StateError("a logical batch is under way: call end_step() or drop_step() first")
         if not isinstance(state, Mapping) or set(state) != {"max_grad_norm", "steps"}:
-            raise ValueError("not the state_dict of adaptive clipping, which has the keys max_grad_norm and steps")
+            raise InvalidValueError(
+                "not the state_dict of adaptive clipping, which has the keys max_grad_norm and steps"
+            )
         clipping, steps = FlatClipping(state["max_grad_norm"]), check_integer("steps", state["steps"])
         self._clipping, self._steps = clipping, steps
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidValueError
 from wavedp.privacy.clipping import Clipping, check_max_grad_norm, factors_up_to_one
 from wavedp.privacy.rounding import SUM_ROUNDING_ALLOWANCE
 
@@ -37,12 +38,12 @@ class PerGroupClipping(Clipping):
     def __post_init__(self) -> None:
         pairs = sorted(dict(self.bounds).items())
         if not pairs:
-            raise ValueError("bounds is empty: give one bound per group of parameters, {pattern: bound}")
+            raise InvalidValueError("bounds is empty: give one bound per group of parameters, {pattern: bound}")
         for pattern, _ in pairs:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"bounds: {pattern!r} is not a regular expression: {error}") from error
+                raise InvalidValueError(f"bounds: {pattern!r} is not a regular expression: {error}") from error
         checked = tuple((pattern, check_max_grad_norm(bound, f"bounds[{pattern!r}]")) for pattern, bound in pairs)
         object.__setattr__(self, "bounds", checked)
 
@@ -54,12 +55,12 @@ class PerGroupClipping(Clipping):
     def group_of(self, name: str) -> str:
         groups = [pattern for pattern in dict(self.bounds) if re.match(rf"(?:{pattern})(?:\.|$)", name)]
         if not groups:
-            raise ValueError(
+            raise InvalidValueError(
                 f"parameter {name!r} is in no clipping group of {list(dict(self.bounds))}: add a pattern for it, or "
                 f"freeze the parameter"
             )
         if len(groups) > 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"parameter {name!r} is in {len(groups)} clipping groups, {groups}: make the patterns exclude each "
                 f"other"
             )
@@ -69,7 +70,7 @@ class PerGroupClipping(Clipping):
         taken = {self.group_of(name) for name in names}
         unused = [pattern for pattern in dict(self.bounds) if pattern not in taken]
         if unused:
-            raise ValueError(
+            raise InvalidValueError(
                 f"clipping groups {unused} take no trainable parameter, and would only add noise: correct or remove "
                 f"the patterns"
             )
@@ -88,7 +89,7 @@ class PerGroupClipping(Clipping):
     def _factors_of(self, group: str, squared_norms: Tensor, dtype: torch.dtype) -> Tensor:
         bounds = dict(self.bounds)
         if group not in bounds:
-            raise ValueError(f"no clipping group {group!r}; there are {list(bounds)}")
+            raise InvalidValueError(f"no clipping group {group!r}; there are {list(bounds)}")
         return factors_up_to_one(squared_norms, bounds[group], dtype)
 
 
@@ -113,13 +114,15 @@ class PerLayerClipping(Clipping):
     def group_of(self, name: str) -> str:
         layer = name.rpartition(".")[0]
         if self.layers is not None and layer not in self.layers:
-            raise ValueError(f"parameter {name!r} is in no layer that this clipping was made for: {list(self.layers)}")
+            raise InvalidValueError(
+                f"parameter {name!r} is in no layer that this clipping was made for: {list(self.layers)}"
+            )
         return layer
 
     def for_parameters(self, names: Iterable[str]) -> Clipping:
         layers = tuple(self.group_of(name) for name in names)
         if not layers:
-            raise ValueError("there are no trainable parameters to clip the gradients of")
+            raise InvalidValueError("there are no trainable parameters to clip the gradients of")
         return PerLayerClipping(self.max_grad_norm, layers)
 
     def sensitivity(self) -> float:
@@ -133,9 +136,9 @@ class PerLayerClipping(Clipping):
 
     def _factors_of(self, group: str, squared_norms: Tensor, dtype: torch.dtype) -> Tensor:
         if self.layers is None:
-            raise ValueError(
+            raise InvalidValueError(
                 "the number of layers is not known yet: call for_parameters(names) and use what it returns"
             )
         if group not in self.layers:
-            raise ValueError(f"no layer {group!r}; there are {list(self.layers)}")
+            raise InvalidValueError(f"no layer {group!r}; there are {list(self.layers)}")
         return factors_up_to_one(squared_norms, self.max_grad_norm / math.sqrt(len(self.layers)), dtype)

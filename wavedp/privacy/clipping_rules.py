@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.privacy.clipping import AutomaticClipping, Clipping, FlatClipping, NormalisedClipping
 from wavedp.privacy.clipping_adaptive import AdaptiveClipping
 from wavedp.privacy.clipping_groups import PerGroupClipping, PerLayerClipping
@@ -57,19 +58,19 @@ class ClippingRule:
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, Mapping):
-            raise TypeError(f"clipping_rule must be a name or a mapping with 'name', got {type(value).__name__}")
+            raise InvalidTypeError(f"clipping_rule must be a name or a mapping with 'name', got {type(value).__name__}")
         given = dict(value)
         name = given.pop("name", None)
         if name not in _DEFAULTS:
-            raise ValueError(f"clipping_rule {name!r} is not known; choose one of {', '.join(RULES)}")
+            raise InvalidValueError(f"clipping_rule {name!r} is not known; choose one of {', '.join(RULES)}")
         defaults = _DEFAULTS[name]
         unknown = sorted(set(given) - set(defaults))
         if unknown:
-            raise ValueError(f"clipping_rule {name!r} has no parameters {unknown}; it has {sorted(defaults)}")
+            raise InvalidValueError(f"clipping_rule {name!r} has no parameters {unknown}; it has {sorted(defaults)}")
         options = {**defaults, **given}
         missing = [key for key, option in options.items() if option is _REQUIRED]
         if missing:
-            raise ValueError(f"clipping_rule {name!r} needs the parameters {missing}")
+            raise InvalidValueError(f"clipping_rule {name!r} needs the parameters {missing}")
         made = cls(name, tuple(options.items()))._unscaled()
         # What the rule made of them: checked, floats, sorted. None stays, so that it can follow the batch size.
         return cls(name, tuple((key, o if o is None else getattr(made, key)) for key, o in sorted(options.items())))
@@ -93,7 +94,7 @@ class ClippingRule:
             return AdaptiveClipping(max_grad_norm, expected_batch_size, **options)
         groups = PerGroupClipping(**options)
         if not math.isclose(groups.max_grad_norm, max_grad_norm, rel_tol=1e-9):
-            raise ValueError(
+            raise InvalidValueError(
                 f"max_grad_norm={max_grad_norm!r} must be the l2 norm of the bounds of clipping_rule 'per_group', "
                 f"math.hypot(*bounds.values()) = {groups.max_grad_norm!r}"
             )

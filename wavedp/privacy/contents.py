@@ -64,14 +64,17 @@ class ContentsWatch:
         """Remember ``parameters`` as a private step left them."""
         self._releases += 1
         comparing = self._releases % self._interval == 0
-        for name, parameter in parameters.items():
-            before = self._seen[name].content
+        stepped = {id(parameter) for parameter in parameters.values()}
+        for name, seen in self._seen.items():  # a tied parameter has several names
+            tensor, before = seen.tensor, seen.content
+            if id(tensor) not in stepped:
+                continue
             if not comparing:
-                self._seen[name] = _Seen(parameter, _version(parameter), None)
-            elif isinstance(before, _Copy) and before.overwrite(parameter):
-                self._seen[name] = _Seen(parameter, _version(parameter), before)
+                self._seen[name] = _Seen(tensor, _version(tensor), None)
+            elif isinstance(before, _Copy) and before.overwrite(tensor):
+                self._seen[name] = _Seen(tensor, _version(tensor), before)
             else:
-                self._seen[name] = self._remember(parameter)
+                self._seen[name] = self._remember(tensor)
 
     def close(self) -> None:
         """Take the hooks off the model."""

@@ -12,6 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
+from wavedp.errors import InvalidValueError, StateError
 from wavedp.privacy.layers import LayerRule
 from wavedp.privacy.layers_fallback import FallbackRule
 from wavedp.privacy.rules import SUPPORTED_LAYERS, fallback_for, rule_for
@@ -41,7 +42,7 @@ def booked_layers(model: nn.Module) -> dict[str, BookedLayer]:
     """
     names = {id(parameter): name for name, parameter in trainable_parameters(model).items()}
     if not names:
-        raise ValueError("the model has no trainable parameter: nothing requires a gradient")
+        raise InvalidValueError("the model has no trainable parameter: nothing requires a gradient")
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
         _refuse_cross_record(path, module)
@@ -88,16 +89,16 @@ def check_groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.P
     names = {id(parameter): name for name, parameter in parameters.items()}
     missing = sorted(set(names.values()) - {names.get(id(p), "") for p in grouped})
     if missing:
-        raise ValueError(f"trainable parameters {missing} are in no optimizer group; add or freeze them")
+        raise InvalidValueError(f"trainable parameters {missing} are in no optimizer group; add or freeze them")
     foreign = sum(p.requires_grad and id(p) not in names for p in grouped)
     if foreign or sum(p.requires_grad for p in grouped) != len(names):
-        raise ValueError(
+        raise InvalidValueError(
             f"the optimizer holds {foreign} trainable tensors that are not parameters of the model, or "
             f"holds one twice; every trainable parameter belongs to exactly one group"
         )
     held = sum(p.grad is not None and id(p) not in names for p in grouped)
     if held:
-        raise RuntimeError(
+        raise StateError(
             f"{held} tensors in the optimizer are not trained and hold a .grad, which a step would apply without "
             f"clipping and noise; set it to None, and run no backward but PrivateOptimizer.backward()"
         )
@@ -107,8 +108,8 @@ def saved_buffers(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
     """Return every buffer that a state_dict would hold, with its version counter."""
     buffers = {}
     for prefix, module in model.named_modules():
-        for key, buffer in module.named_buffers(recurse=False):
-            if key not in module._non_persistent_buffers_set:
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
                 buffers[f"{prefix}.{key}" if prefix else key] = (buffer, buffer._version)
     return buffers
 
@@ -117,8 +118,8 @@ def saved_tensors(model: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
     """Return every parameter and buffer that a state_dict would hold, by name."""
     tensors: dict[str, Tensor] = {}
     for prefix, module in model.named_modules() if recurse else [("", model)]:
-        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if key not in module._non_persistent_buffers_set:
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and key not in module._non_persistent_buffers_set:
                 tensors[f"{prefix}.{key}" if prefix else key] = tensor
     return tensors
 
@@ -150,7 +151,7 @@ def _runner(path: str, modules: Mapping[str, nn.Module], trainable: list[str]) -
     for name in (path, *_paths_above(path)):
         if type(modules[name]).forward is not nn.Module.forward:
             return name
-    raise ValueError(
+    raise InvalidValueError(
         f"module {path!r} of type {type(modules[path]).__name__} owns trainable parameters {trainable}, and neither it "
         f"nor a module around it has a forward that uses them: move them into the module that does, or freeze them "
         f"with requires_grad_(False)"
@@ -179,19 +180,19 @@ def _abbreviated(names: list[str]) -> str:
 def _check_layer(name: str, module: nn.Module, rule: LayerRule) -> None:
     title = f"module {name!r} of type {type(module).__name__}"
     if "forward" in vars(module):
-        raise ValueError(
+        raise InvalidValueError(
             f"{title} has a forward of its own (another GradientBook or a hook library is attached); detach it"
         )
     refusal = rule.refusal(module)
     if refusal is not None:
-        raise ValueError(f"{title} is not supported: {refusal}")
+        raise InvalidValueError(f"{title} is not supported: {refusal}")
 
 
 def _refuse_derived_weights(name: str, module: nn.Module) -> None:
     """Refuse weights that are computed from the trainable parameters outside of any layer's forward."""
     title = f"module {name!r} of type {type(module).__name__}"
     if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters(recurse=False)):
-        raise ValueError(f"{title} has parameters without a shape: run the model once before it is made private")
+        raise InvalidValueError(f"{title} has parameters without a shape: run the model once before it is made private")
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     kinds = {type(hook).__name__ for hook in hooks} & {"WeightNorm", "SpectralNorm"}
     if is_parametrized(module):
@@ -202,7 +203,7 @@ def _refuse_derived_weights(name: str, module: nn.Module) -> None:
     else:
         remedy = "torch.nn.utils.remove_weight_norm or remove_spectral_norm"
     if kinds and any(parameter.requires_grad for parameter in module.parameters()):
-        raise ValueError(
+        raise InvalidValueError(
             f"{title} has weights that are computed from its parameters by {', '.join(sorted(kinds))}, outside of its "
             f"forward, so their per-record gradients are not known: take it away with {remedy}, or freeze the module"
         )
@@ -210,11 +211,11 @@ def _refuse_derived_weights(name: str, module: nn.Module) -> None:
 
 def _refuse_cross_record(name: str, module: nn.Module) -> None:
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise ValueError(f"module {name!r} is a {type(module).__name__}: pass the model itself, on one device")
+        raise InvalidValueError(f"module {name!r} is a {type(module).__name__}: pass the model itself, on one device")
     tracks = isinstance(module, _InstanceNorm) and module.track_running_stats
     named = any("BatchNorm" in kind.__name__ for kind in type(module).__mro__)
     if isinstance(module, _BatchNorm) or named or tracks:
-        raise ValueError(
+        raise InvalidValueError(
             f"module {name!r} of type {type(module).__name__} mixes the records of a batch or keeps "
             f"statistics of them, frozen or not: replace it with LayerNorm, RMSNorm or GroupNorm"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.privacy.clipping_rules import ClippingRule
 from wavedp.privacy.ledger import PrivacyLedger
 from wavedp.privacy.loader import PrivateLoader
@@ -97,7 +98,7 @@ class PrivacyEngine:
             TypeError, ValueError: an argument of a wrong type or value, a model that cannot be trained privately.
         """
         if (steps is None) != (delta is None):
-            raise ValueError("give both steps and delta, or neither: a statement is about both")
+            raise InvalidValueError("give both steps and delta, or neither: a statement is about both")
         spec = _spec(
             clipping,
             max_grad_norm,
@@ -189,17 +190,17 @@ class PrivacyEngine:
             LedgerError: the ledger was opened for another specification.
         """
         if self._optimizer is not None:
-            raise RuntimeError("this engine serves another run already: build a PrivacyEngine for each")
+            raise StateError("this engine serves another run already: build a PrivacyEngine for each")
         if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+            raise InvalidValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         sampler = None
         if data_loader is not None:
             if not isinstance(data_loader, DataLoader):
-                raise TypeError(f"data_loader must be a torch DataLoader, got {type(data_loader).__name__}")
+                raise InvalidTypeError(f"data_loader must be a torch DataLoader, got {type(data_loader).__name__}")
             steps = None if ledger is None else ledger.remaining
             count = len(data_loader.dataset)  # type: ignore[arg-type]
             if count > spec.dataset_size_bound:
-                raise ValueError(
+                raise InvalidValueError(
                     f"delta={spec.delta:g} is not below 1 / (number of records): choose it by a public bound on that "
                     f"number"
                 )
@@ -238,9 +239,7 @@ class PrivacyEngine:
         """
         private = self._private()
         if private.insecure:
-            raise RuntimeError(
-                "insecure_seed makes noise and batches reproducible, which is not private at any epsilon"
-            )
+            raise StateError("insecure_seed makes noise and batches reproducible, which is not private at any epsilon")
         if private.steps_charged == 0:
             return 0.0
         reason = private.irregularity()
@@ -256,12 +255,12 @@ class PrivacyEngine:
         """
         private = self._private()
         if self._open_end:
-            raise RuntimeError("a statement needs the planned number of steps: pass steps= and delta= to make_private")
+            raise StateError("a statement needs the planned number of steps: pass steps= and delta= to make_private")
         return PrivacyStatement.from_run(private)
 
     def _private(self) -> PrivateOptimizer:
         if self._optimizer is None:
-            raise RuntimeError("nothing was made private yet: call make_private")
+            raise StateError("nothing was made private yet: call make_private")
         return self._optimizer.private
 
 
@@ -315,18 +314,18 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "private"):
-            raise RuntimeError("parameters cannot be added to a private run")
+            raise StateError("parameters cannot be added to a private run")
         super().add_param_group(param_group)
 
     @property
     def _step_supports_amp_scaling(self) -> NoReturn:
-        raise RuntimeError(
+        raise StateError(
             "a GradScaler skips steps by what the gradients are, which is released without noise, and its scaled "
             "loss would be clipped as such: use bfloat16 autocast, and do not scale the loss"
         )
 
     def __getstate__(self) -> NoReturn:
-        raise TypeError("a private optimizer cannot be copied or pickled: both would spend the same steps")
+        raise InvalidTypeError("a private optimizer cannot be copied or pickled: both would spend the same steps")
 
 
 def _spec(clipping: Rule, max_grad_norm: float, *, delta: float, **values: Any) -> PrivacySpec:

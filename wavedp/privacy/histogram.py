@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.functional import noisy_mean
 from wavedp.privacy.entropy import Entropy
 from wavedp.privacy.ledger import PrivacyLedger
@@ -40,26 +41,32 @@ def release_label_histogram(
         spec: has a ``label_noise_multiplier``.
         ledger: that of the run, so that a restart does not release a second histogram.
         path: JSON file to write the counts into, durably.
-        insecure_seed: for debugging: reproducible noise, which is not private.
+        insecure_seed: for debugging: reproducible noise, which is not private. Not with a ledger, whose run could not
+            tell it from a release that is.
 
     Raises:
         TypeError: ``labels`` is not an int64 tensor.
-        ValueError: the specification has no histogram, ``labels`` does not fit it or the classes.
+        ValueError: the specification has no histogram, ``labels`` does not fit it or the classes, or there are a seed
+            and a ledger.
         RuntimeError: the ledger has charged a histogram before; its message says where that one is.
         LedgerError: the ledger is of another specification, closed, or could not be written.
     """
     if spec.label_noise_multiplier is None:
-        raise ValueError("the specification charges no label histogram: give it a label_noise_multiplier")
+        raise InvalidValueError("the specification charges no label histogram: give it a label_noise_multiplier")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        raise TypeError(f"labels must be an int64 tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+        raise InvalidTypeError(f"labels must be an int64 tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
     num_classes = check_integer("num_classes", num_classes, at_least=1)
     if spec.noise_mode == "strict" and num_classes > MOST_CLASSES:
-        raise ValueError(f"strict noise is charged for at most {MOST_CLASSES} classes, got {num_classes}")
+        raise InvalidValueError(f"strict noise is charged for at most {MOST_CLASSES} classes, got {num_classes}")
     if labels.ndim != 1 or labels.numel() > spec.dataset_size_bound:
-        raise ValueError(f"labels must be [n] with n at most dataset_size_bound={spec.dataset_size_bound}")
+        raise InvalidValueError(f"labels must be [n] with n at most dataset_size_bound={spec.dataset_size_bound}")
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(f"labels must be in [0, {num_classes}): the list of classes is public and fixed before")
+        raise InvalidValueError(f"labels must be in [0, {num_classes}): the list of classes is public and fixed before")
     if ledger is not None:
+        if insecure_seed is not None:
+            raise InvalidValueError(
+                "insecure_seed makes noise that is not private: leave out the ledger, which charges private releases"
+            )
         ledger.check_spec(spec)
         ledger.release(LABEL_HISTOGRAM, "" if path is None else os.path.abspath(path))
     std = spec.label_noise_multiplier
@@ -89,7 +96,7 @@ def load_label_histogram(path: str | os.PathLike[str]) -> Tensor:  # [num_classe
         isinstance(count, int | float) and not isinstance(count, bool) and math.isfinite(count) for count in counts
     )
     if not numbers or not counts:
-        raise ValueError(f"{path} holds no label histogram; it was damaged or is not a wavedp file")
+        raise InvalidValueError(f"{path} holds no label histogram; it was damaged or is not a wavedp file")
     return torch.tensor(counts, dtype=torch.float64)
 
 
@@ -98,6 +105,10 @@ def label_probabilities(counts: Tensor) -> Tensor:  # [num_classes] float64 of s
 
     Post-processing, which costs nothing.
     """
+    if not isinstance(counts, Tensor) or counts.ndim != 1 or counts.is_complex():
+        raise InvalidTypeError("counts must be a tensor [num_classes], as release_label_histogram returns it")
+    if not len(counts) or not bool(counts.isfinite().all()):
+        raise InvalidValueError("counts must be finite, and of at least one class")
     positive = counts.double().clamp(min=0.0)
     total = positive.sum()
     return positive / total if total > 0 else torch.full_like(positive, 1.0 / len(positive))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidValueError, StateError
+
 
 def check_records_independent(
     loss_fn: Callable[..., Tensor],
@@ -30,15 +32,15 @@ def check_records_independent(
     """
     records = batch[0].shape[0] if batch else 0
     if records < 2:
-        raise ValueError("give at least two records")
+        raise InvalidValueError("give at least two records")
     with torch.no_grad():
         together = loss_fn(*batch)
         alone = torch.cat([loss_fn(*(part[i : i + 1] for part in batch)) for i in range(records)])
     if together.shape != (records,) or alone.shape != (records,):
-        raise ValueError(f"loss_fn must return one loss per record, got shape {tuple(together.shape)}")
+        raise InvalidValueError(f"loss_fn must return one loss per record, got shape {tuple(together.shape)}")
     worst = (together - alone).abs().max()
     if not worst <= relative_tolerance * together.abs().max():
-        raise RuntimeError(
+        raise StateError(
             f"a record's loss changes by {worst.item():.3g} with the batch it is in: average over each "
             f"record's own tokens and remove batch statistics"
         )

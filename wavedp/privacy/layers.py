@@ -168,4 +168,6 @@ def detached(parameter: Tensor | None) -> Tensor | None:
 def tokens(x: Tensor, trailing: int) -> Tensor:
     """Reshape ``[B, ..., *trailing axes]`` to ``[B, T, *trailing axes]``."""
     split = x.ndim - trailing
+    if split == 2:
+        return x
     return x.reshape(x.shape[0], math.prod(x.shape[1:split]), *x.shape[split:])

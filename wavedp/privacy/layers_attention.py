@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wavedp.errors import StateError
 from wavedp.privacy.forms_blocks import RowBlocks
 from wavedp.privacy.layers import Call, Tap, detached, linear_gradients
 from wavedp.privacy.per_sample import Materialised, PerSampleGradient
@@ -45,12 +46,12 @@ class MultiheadAttentionRule:
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         if any(x.ndim != 3 for x in (query, key, value)):
-            raise RuntimeError(
+            raise StateError(
                 f"MultiheadAttention got a query of shape {tuple(query.shape)} with a GradientBook attached: it needs "
                 f"a record axis, [B, T, d] with batch_first=True or [T, B, d] without"
             )
         if is_causal and attn_mask is None:
-            raise RuntimeError("is_causal is a hint about attn_mask: pass attn_mask too")
+            raise StateError("is_causal is a hint about attn_mask: pass attn_mask too")
         q, k, v = self._projected(layer, tap, query, key, value)
         if is_causal and key_padding_mask is None and not need_weights:
             mask = None

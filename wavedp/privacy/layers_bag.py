@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wavedp.errors import StateError
 from wavedp.privacy.layers import Call, EmbeddingRule, Tap
 from wavedp.privacy.per_sample import PerSampleGradient, RowScatter
 
@@ -26,7 +27,7 @@ class EmbeddingBagRule(EmbeddingRule):
         per_sample_weights: Tensor | None = None,
     ) -> Tensor:
         if input.ndim != 2 or per_sample_weights is not None:
-            raise RuntimeError(
+            raise StateError(
                 f"EmbeddingBag got ids of shape {tuple(input.shape)}"
                 f"{' and per_sample_weights' if per_sample_weights is not None else ''} with a GradientBook attached: "
                 f"it takes ids [B, T], padded to one length, and no weights; else use an Embedding and sum its rows"

@@ -6,6 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wavedp.errors import StateError
 from wavedp.privacy.forms_conv import Convolution, Geometry
 from wavedp.privacy.layers import Call, Tap, detached
 from wavedp.privacy.layers_norm import sum_by_channel
@@ -26,7 +27,7 @@ class ConvolutionRule:
     def forward(self, layer: Any, tap: Tap, input: Tensor) -> Tensor:
         axes = len(layer.kernel_size)
         if input.ndim != axes + 2:
-            raise RuntimeError(
+            raise StateError(
                 f"{type(layer).__name__} got an input of shape {tuple(input.shape)} with a GradientBook attached: it "
                 f"needs the record axis first, [B, channels{', size' * axes}]"
             )

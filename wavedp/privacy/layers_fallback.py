@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
+from wavedp.errors import StateError
 from wavedp.privacy.layers import Call, Tap
 from wavedp.privacy.per_sample import Materialised, PerSampleGradient
 
@@ -69,7 +70,7 @@ class FallbackRule:
         try:
             results = self.run_by_record(run, expanded, mapped)
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            raise RuntimeError(
+            raise StateError(
                 f"{self._title(layer)} has no rule of its own, and it cannot be run on one record at a time: {error}; "
                 f"build it of layers that have a rule, freeze it with requires_grad_(False), or write it without "
                 f"in-place updates of buffers and control flow that depends on data"
@@ -111,7 +112,7 @@ class FallbackRule:
         numbers = (x for x in leaves if isinstance(x, Tensor) and x.ndim and x.dtype != torch.bool)
         first = next(numbers, None)
         if first is None:
-            raise RuntimeError(
+            raise StateError(
                 f"{self._title(layer)} has trainable parameters and no rule, and was called without a tensor whose "
                 f"first axis is the record axis: pass it the records' input, or move its parameters into the module "
                 f"that uses them"
@@ -135,7 +136,7 @@ class FallbackRule:
         if leaf.shape[0] == 1:  # broadcasts, with a record axis as without
             return
         if key in self._by_record:
-            raise RuntimeError(
+            raise StateError(
                 f"{self._title(layer)} got an argument {key} of shape {tuple(leaf.shape)} whose first axis was the "
                 f"record axis in a batch before: pass what the records share with a first axis of size 1"
             )
@@ -168,7 +169,7 @@ class RecurrentRule(FallbackRule):
     def forward(self, layer: nn.Module, tap: Tap, input: Tensor, hx: Any = None) -> Any:
         if not isinstance(input, Tensor) or input.ndim != 3:
             shape = f"a tensor of shape {tuple(input.shape)}" if isinstance(input, Tensor) else type(input).__name__
-            raise RuntimeError(
+            raise StateError(
                 f"{self._title(layer)} got {shape} with a GradientBook attached: it needs the record axis first, "
                 f"[B, T, d], and no packed sequences"
             )
@@ -232,7 +233,7 @@ def _current_weights(layer: nn.Module) -> Iterator[None]:
 
 def _row(output: Tensor, axis: int) -> Tensor:
     if output.ndim <= axis or output.shape[axis] != 1:
-        raise RuntimeError(
+        raise StateError(
             f"it returned a tensor of shape {tuple(output.shape)} for one record; axis {axis} must be the record axis"
         )
     return output.squeeze(axis)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wavedp.errors import StateError
 from wavedp.privacy.clipping import accumulation_dtype
 from wavedp.privacy.layers import Call, Tap, detached
 from wavedp.privacy.per_sample import Materialised, PerSampleGradient
@@ -53,7 +54,7 @@ class InstanceNormRule(GroupNormRule):
     def forward(self, layer: Any, tap: Tap, input: Tensor) -> Tensor:
         layer._check_input_dim(input)
         if input.ndim == layer._get_no_batch_dim():
-            raise RuntimeError(
+            raise StateError(
                 f"{type(layer).__name__} got an input of shape {tuple(input.shape)} with a GradientBook attached: it "
                 f"needs the record axis first, [B, channels, ...]"
             )

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from wavedp.errors import InvalidValueError
 from wavedp.privacy.optimizer import PrivateOptimizer
 from wavedp.privacy.sampling import PoissonSampler, physical_batches
 from wavedp.privacy.validation import check_integer
@@ -32,20 +33,22 @@ class PrivateLoader(Iterable[Any]):
         self, source: DataLoader[Any], private: PrivateOptimizer, physical_batch_size: int | None = None
     ) -> None:
         if private.sampler is None:
-            raise ValueError("the optimizer has no sampler")
+            raise InvalidValueError("the optimizer has no sampler")
         if source.batch_size is None and not hasattr(source.batch_sampler, "__iter__"):
-            raise ValueError("the loader yields single records: give it a batch_size, so that it makes batches of them")
+            raise InvalidValueError(
+                "the loader yields single records: give it a batch_size, so that it makes batches of them"
+            )
         if isinstance(source.dataset, IterableDataset):
-            raise ValueError("an IterableDataset has no records to draw from: use a map-style data set")
+            raise InvalidValueError("an IterableDataset has no records to draw from: use a map-style data set")
         self.dataset = source.dataset
         self.sampler: PoissonSampler = private.sampler
         if len(source.dataset) != self.sampler.num_records:  # type: ignore[arg-type]
-            raise ValueError("the sampler draws from another number of records than the data set has")
+            raise InvalidValueError("the sampler draws from another number of records than the data set has")
         most = (
             self.sampler.num_records if self.sampler.truncated_batch_size is None else self.sampler.truncated_batch_size
         )
-        size = most if physical_batch_size is None else physical_batch_size
-        self.physical_batch_size = check_integer("physical_batch_size", max(size, 1), at_least=1)
+        size = max(most, 1) if physical_batch_size is None else physical_batch_size
+        self.physical_batch_size = check_integer("physical_batch_size", size, at_least=1)
         self.at_end_of_batch = True
         """Whether what was yielded last ends a logical batch."""
         self._private = private

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wavedp import functional
+from wavedp.errors import InvalidValueError
 from wavedp.functional import GRID_BITS, MAX_DEVIATION, grid_step
 from wavedp.privacy.entropy import Entropy
 from wavedp.privacy.validation import check_real
@@ -60,5 +61,5 @@ def round_to_grid(x: Tensor, step: float) -> Tensor:
     """
     step = check_real("step", step, above=0.0)
     if math.frexp(step)[0] != 0.5:
-        raise ValueError(f"step must be a power of two, so that dividing by it is exact; got {step!r}")
+        raise InvalidValueError(f"step must be a power of two, so that dividing by it is exact; got {step!r}")
     return torch.round(x / step) * step

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.optim import PrivateStep
 from wavedp.privacy.batches import BatchTracker, check_sampler
 from wavedp.privacy.bookings import Bookings
@@ -130,7 +131,9 @@ class PrivateOptimizer:
         self.close()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError("a PrivateOptimizer cannot be copied or pickled: both would spend the same reserved steps")
+        raise InvalidTypeError(
+            "a PrivateOptimizer cannot be copied or pickled: both would spend the same reserved steps"
+        )
 
     @property
     def spec(self) -> PrivacySpec:
@@ -206,7 +209,7 @@ class PrivateOptimizer:
         with self._alone():
             self._batch.check_turn()
             if not isinstance(losses, Tensor):
-                raise TypeError(f"losses must be a tensor [b], got {type(losses).__name__}")
+                raise InvalidTypeError(f"losses must be a tensor [b], got {type(losses).__name__}")
             rows = losses.numel() if sample_id is None else len(torch.unique(sample_id))
             if records is None and self._batch.announced:
                 indices = self._batch.check_count(rows)
@@ -233,7 +236,7 @@ class PrivateOptimizer:
                 saved buffers or a ``.grad`` were changed from outside.
         """
         if closure is not None:
-            raise RuntimeError("step() takes no closure: it would recompute gradients without clipping and noise")
+            raise StateError("step() takes no closure: it would recompute gradients without clipping and noise")
         with self._alone():
             self._batch.check_turn()
             self._batch.check_complete()
@@ -270,7 +273,7 @@ class PrivateOptimizer:
         """
         reason = self.irregularity()
         if reason is not None:
-            raise RuntimeError(reason)
+            raise StateError(reason)
         _refuse_changed(self._contents.changed(thorough=True) if self._book.attached else self._changed_at_close)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -280,7 +283,7 @@ class PrivateOptimizer:
             RuntimeError: sums are pending; :meth:`step` releases them and :meth:`discard` drops them.
         """
         if self._batch.pending:
-            raise RuntimeError("a batch is pending: call step() to release it, or discard() to drop it")
+            raise StateError("a batch is pending: call step() to release it, or discard() to drop it")
 
     def privacy_spent(self) -> dict[str, float | int | None]:
         """Return what is charged so far and what the whole run costs.
@@ -318,9 +321,11 @@ class PrivateOptimizer:
         """
         self.zero_grad()
         if not isinstance(state, Mapping) or set(state) != set(_STATE_KEYS):
-            raise ValueError(f"not the state_dict of a PrivateOptimizer, which has the keys {', '.join(_STATE_KEYS)}")
+            raise InvalidValueError(
+                f"not the state_dict of a PrivateOptimizer, which has the keys {', '.join(_STATE_KEYS)}"
+            )
         if PrivacySpec.from_dict(state["spec"]) != self.spec:
-            raise RuntimeError("the checkpoint was made under another PrivacySpec; resume with the same one")
+            raise StateError("the checkpoint was made under another PrivacySpec; resume with the same one")
         if self._ledger is not None:
             head = state["ledger_head"]
             if head is None or not self._ledger.contains(head):
@@ -329,7 +334,7 @@ class PrivateOptimizer:
                     f"checkpoint or belongs to another run"
                 )
         elif state["ledger_head"] is not None:
-            raise RuntimeError("the checkpoint was made with a privacy ledger; open it and pass it as ledger=")
+            raise StateError("the checkpoint was made with a privacy ledger; open it and pass it as ledger=")
         charged = max(self._charged, check_integer("steps_charged", state["steps_charged"]))
         if self._sampler is not None:
             self._sampler.end_after(self._spec.steps - charged if self._ledger is None else self.steps_left)
@@ -353,9 +358,7 @@ class PrivateOptimizer:
         if self._batch.pending:
             return
         if self.steps_left < 1:
-            raise RuntimeError(
-                f"privacy budget exhausted: all {self._spec.steps} steps of the specification are charged"
-            )
+            raise StateError(f"privacy budget exhausted: all {self._spec.steps} steps of the specification are charged")
         if self._ledger is not None and self._reserved == 0:
             block = min(self._reserve_steps, self._ledger.remaining)
             self._ledger.reserve(block)
@@ -412,7 +415,7 @@ class PrivateOptimizer:
     def _check_model(self) -> None:
         now = trainable_parameters(self._book.model)
         if {n: id(p) for n, p in now.items()} != {n: id(p) for n, p in self._book.parameters.items()}:
-            raise RuntimeError(
+            raise StateError(
                 "the model's trainable parameters were frozen, unfrozen, replaced or added; do that before "
                 "building the PrivateOptimizer"
             )
@@ -420,16 +423,16 @@ class PrivateOptimizer:
 
     def _refuse_direct_step(self, optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._releasing:
-            raise RuntimeError("the wrapped optimizer must not be stepped directly; call PrivateOptimizer.step()")
+            raise StateError("the wrapped optimizer must not be stepped directly; call PrivateOptimizer.step()")
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         if not self._book.attached:
-            raise RuntimeError("this PrivateOptimizer is closed")
+            raise StateError("this PrivateOptimizer is closed")
         if os.getpid() != self._process:
-            raise RuntimeError("this PrivateOptimizer belongs to another process; build it after forking")
+            raise StateError("this PrivateOptimizer belongs to another process; build it after forking")
         if not self._lock.acquire(blocking=False):
-            raise RuntimeError("another call of this PrivateOptimizer is under way; use it from one thread")
+            raise StateError("another call of this PrivateOptimizer is under way; use it from one thread")
         try:
             yield
         finally:
@@ -438,7 +441,7 @@ class PrivateOptimizer:
 
 def _refuse_changed(names: list[str]) -> None:
     if names:
-        raise RuntimeError(
+        raise StateError(
             f"{', '.join(map(repr, names[:5]))} of the model changed outside of private steps: what the forward "
             f"writes there would publish private data without noise. Make such a buffer non-persistent or stop "
             f"updating it; to put other weights in on purpose, use load_state_dict"

@@ -119,7 +119,7 @@ def product_norms(a: Tensor, g: Tensor, *, bias: bool) -> tuple[Tensor, Tensor]:
     if a.shape[1] > LONG:
         a, g, dtype = a.double(), g.double(), torch.float64
     squared, bound, sums = _ops.linear_norms(a, g, bias)
-    return squared.clamp_min(0.0) + NORM_ROUNDING[dtype] * bound.square(), sums
+    return torch.addcmul(squared.clamp_min_(0.0), bound, bound, value=NORM_ROUNDING[dtype]), sums
 
 
 class RowScatter:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.privacy.validation import check_integer, check_real
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Phase:
             "steps": check_integer("steps", self.steps, at_most=MAX_STEPS),
         }
         if (self.truncated_batch_size is None) != (self.dataset_size_bound is None):
-            raise ValueError(
+            raise InvalidValueError(
                 "truncated_batch_size and dataset_size_bound come together: how often a batch is cut depends on both"
             )
         if self.truncated_batch_size is not None:
@@ -82,6 +83,10 @@ class Phase:
             )
         return dp_accounting.SelfComposedDpEvent(once, self.steps)
 
+    def too_little_noise(self) -> bool:
+        """Whether epsilon is reported as infinite, as it is below 0.05, and below 0.1 where batches are cut."""
+        return self.noise_multiplier < least_noise_multiplier(self)
+
     def cut_probability(self) -> float:
         """Return an upper bound on the probability that the other records alone fill a batch; 0 if none is cut.
 
@@ -95,6 +100,11 @@ class Phase:
         if self.truncated_batch_size is None or self.dataset_size_bound is None:
             return 0.0
         return _binomial_tail(self.truncated_batch_size, self.dataset_size_bound - 1, self.sample_rate)
+
+
+def least_noise_multiplier(phase: Phase) -> float:
+    """Return the noise multiplier below which ``phase``, whatever its own, counts as not private."""
+    return MIN_NOISE_MULTIPLIER * (2.0 if phase.cut_probability() > 0.0 else 1.0)
 
 
 @functools.lru_cache(maxsize=256)
@@ -111,13 +121,15 @@ def merged(phases: Iterable[Phase]) -> tuple[Phase, ...]:
     Raises:
         TypeError: not a :class:`Phase` among them.
     """
+    if isinstance(phases, Phase):
+        raise InvalidTypeError("phases must be a list of Phase objects, got one: put it into a list")
     steps: dict[Phase, int] = {}
     for phase in phases:
         if not isinstance(phase, Phase):
-            raise TypeError(f"phases must be Phase objects, got {type(phase).__name__}: {phase!r}")
-        plain = phase.cut_probability() == 0.0
-        cut = {"truncated_batch_size": None, "dataset_size_bound": None} if plain else {}
-        mechanism = replace(phase, steps=1, **cut)
+            raise InvalidTypeError(f"phases must be Phase objects, got {type(phase).__name__}: {phase!r}")
+        mechanism = replace(phase, steps=1)
+        if phase.cut_probability() == 0.0:
+            mechanism = Phase(phase.noise_multiplier, phase.sample_rate)
         steps[mechanism] = steps.get(mechanism, 0) + phase.steps
     return tuple(
         replace(mechanism, steps=steps[mechanism])
@@ -152,7 +164,7 @@ def check_delta(delta: object, steps: int) -> float:
     """Return ``delta`` as a float below 1 that can be accounted for ``steps`` releases; raises like ``check_real``."""
     number = check_real("delta", delta, above=0.0, below=1.0)
     if number < smallest_delta(steps):
-        raise ValueError(
+        raise InvalidValueError(
             f"delta={number} is too small to be accounted for {steps} steps: the smallest that works is "
             f"{smallest_delta(steps):.2g}"
         )

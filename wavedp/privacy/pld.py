@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wavedp.privacy.phases import MIN_NOISE_MULTIPLIER, TRUNCATED_MASS, Phase, total_steps, uncertain_mass
+from wavedp.errors import StateError
+from wavedp.privacy.phases import TRUNCATED_MASS, Phase, total_steps, uncertain_mass
 from wavedp.privacy.renyi import rdp_epsilon
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def checked_epsilon(phases: tuple[Phase, ...], delta: float) -> float:
         # Many steps of small loss round up; a finer grid separates that from a defect.
         upper = upper_epsilon(phases, delta, FINE_INTERVAL / 10)
     if math.isnan(upper) or upper > limit:
-        raise RuntimeError(
+        raise StateError(
             f"accountants disagree at {', '.join(map(str, phases))}, delta={delta}: PLD gives epsilon {upper}, "
             f"Renyi {limit}; no epsilon is reported"
         )
@@ -50,9 +51,7 @@ def upper_epsilon(phases: tuple[Phase, ...], delta: float, interval: float) -> f
     """Return a pessimistic epsilon of merged ``phases`` on a grid of about ``interval``, without a cross-check."""
     if not phases:
         return 0.0
-    if any(
-        phase.noise_multiplier < MIN_NOISE_MULTIPLIER * (2.0 if phase.cut_probability() else 1.0) for phase in phases
-    ):
+    if any(phase.too_little_noise() for phase in phases):
         return math.inf
     composed = _composed(phases, _interval_for(phases, interval), True)
     return max(float(pmf.get_epsilon_for_delta(delta - _set_aside(phases))) for pmf in composed)
@@ -60,7 +59,7 @@ def upper_epsilon(phases: tuple[Phase, ...], delta: float, interval: float) -> f
 
 @functools.lru_cache(maxsize=256)
 def lower_epsilon(phases: tuple[Phase, ...], delta: float, interval: float) -> float:
-    """Return an optimistic epsilon of merged ``phases``, every noise multiplier at least 0.05.
+    """Return an optimistic epsilon of merged ``phases``, none with too little noise.
 
     Truncated phases count as not truncated: the guarantee covers data sets so small that no batch is ever cut.
     """

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from wavedp.privacy.phases import MIN_NOISE_MULTIPLIER, Phase
+from wavedp.privacy.phases import Phase
 
 
 @functools.lru_cache(maxsize=1024)
@@ -18,7 +18,7 @@ def rdp_epsilon(phases: tuple[Phase, ...], delta: float) -> float:
 
     if not phases:
         return 0.0
-    if any(phase.noise_multiplier < MIN_NOISE_MULTIPLIER for phase in phases):
+    if any(phase.too_little_noise() for phase in phases):
         return math.inf
     with _quiet_accountant():
         orders, divergences = zip(*map(_divergences, phases))

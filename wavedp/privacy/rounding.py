@@ -41,6 +41,8 @@ block (records, T)    product             one record removed        every block 
 11, 128               16 x 16, 256 x 64   2^-17.9                   2^-15.3 a block
 ====================  ==================  ========================  =================================
 
+Batched products (``torch.bmm``), by which the blocks of a layer are taken together, gave the same as single ones.
+
 So the allowance holds by proof for one block of :func:`records_per_block`, and by measurement, with a margin of
 2^5, for one of :data:`MAX_BLOCK_RECORDS` and :data:`MAX_BLOCK_ROWS` whose product has at least 16 rows and columns;
 not for a narrower product of that size, which libraries add up one row after the other (wider ones sum runs of

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.privacy.entropy import Entropy
 from wavedp.privacy.validation import check_integer, check_real
 
@@ -94,7 +95,7 @@ class PoissonSampler:
                 steps than the specification has.
         """
         if num_records > spec.dataset_size_bound:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the data set has more records than dataset_size_bound={spec.dataset_size_bound}; delta was "
                 f"chosen for that bound: raise the bound, and lower delta below its inverse"
             )
@@ -198,6 +199,8 @@ class PoissonSampler:
 
 def physical_batches(indices: Tensor, size: int) -> Iterator[Tensor]:
     """Split one logical batch into chunks of at most ``size`` records; an empty batch gives no chunk."""
+    if not isinstance(indices, Tensor):
+        raise InvalidTypeError(f"indices must be a tensor, as a sampler yields it, got {type(indices).__name__}")
     size = check_integer("size", size, at_least=1)
     for start in range(0, indices.numel(), size):
         yield indices[start : start + size]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.privacy import accounting, strict
 from wavedp.privacy.accounting import Phase
 from wavedp.privacy.clipping import Clipping, check_max_grad_norm
@@ -95,36 +96,38 @@ class PrivacySpec:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if membership_threshold(self.sample_rate) == 0:
-            raise ValueError(f"sample_rate={self.sample_rate} is below 2^-64: no record would ever be drawn")
+            raise InvalidValueError(f"sample_rate={self.sample_rate} is below 2^-64: no record would ever be drawn")
         if self.delta * bound >= 1.0:
-            raise ValueError(
+            raise InvalidValueError(
                 f"delta={self.delta} must be below 1/dataset_size_bound = {1.0 / bound}: at 1/N a mechanism "
                 f"that publishes one record at random would pass"
             )
         if self.neighboring_relation not in NEIGHBORING_RELATIONS:
-            raise ValueError(
+            raise InvalidValueError(
                 f"neighboring_relation={self.neighboring_relation!r} is not supported; choose one of "
                 f"{NEIGHBORING_RELATIONS} (replacing a record costs more and needs its own accounting)"
             )
         if not isinstance(self.unit, str) or not self.unit.strip():
-            raise ValueError(f"unit must say what one record is, got {self.unit!r}")
+            raise InvalidValueError(f"unit must say what one record is, got {self.unit!r}")
         self._check_mode()
         self.clipping.sum_noise_multiplier(self.noise_multiplier)  # raises if a step cannot be charged as that
         self.stddev_with(self.clipping)  # raises if rounding cannot be
 
     def _check_mode(self) -> None:
         if self.noise_mode not in NOISE_MODES:
-            raise ValueError(f"noise_mode={self.noise_mode!r} is not known; choose one of {NOISE_MODES}")
+            raise InvalidValueError(f"noise_mode={self.noise_mode!r} is not known; choose one of {NOISE_MODES}")
         if self.noise_mode == "standard":
             if self.trainable_parameters is not None:
-                raise ValueError("trainable_parameters is for noise_mode='strict'; leave it out")
+                raise InvalidValueError("trainable_parameters is for noise_mode='strict'; leave it out")
             return
         if self.trainable_parameters is None:
-            raise ValueError("noise_mode='strict' needs trainable_parameters: rounding costs by their number")
+            raise InvalidValueError("noise_mode='strict' needs trainable_parameters: rounding costs by their number")
         if self.label_noise_multiplier is not None and self.label_noise_multiplier > 2.0**strict.COARSEST_BITS:
-            raise ValueError(f"label_noise_multiplier must be at most {2**strict.COARSEST_BITS} with strict noise")
+            raise InvalidValueError(
+                f"label_noise_multiplier must be at most {2**strict.COARSEST_BITS} with strict noise"
+            )
         if ClippingRule.parse(self.clipping_rule).name == "adaptive":
-            raise ValueError(
+            raise InvalidValueError(
                 "noise_mode='strict' does not cover the counts of clipping_rule 'adaptive': choose another"
             )
 
@@ -140,7 +143,7 @@ class PrivacySpec:
             TypeError, ValueError: as the constructor; or no noise multiplier meets the target.
         """
         if "noise_multiplier" in values:
-            raise TypeError("for_target_epsilon finds noise_multiplier: leave it out")
+            raise InvalidTypeError("for_target_epsilon finds noise_multiplier: leave it out")
         return cls(noise_multiplier=0.0, **values).calibrated(target_epsilon)
 
     def calibrated(self, target_epsilon: float) -> "PrivacySpec":
@@ -172,7 +175,7 @@ class PrivacySpec:
             if not math.isfinite(reached):
                 break
             law = candidate.law_epsilon()
-        raise ValueError(
+        raise InvalidValueError(
             f"noise_mode='strict' reaches no epsilon of {target_epsilon} with {self.trainable_parameters} parameters "
             f"and {self.steps} steps: train fewer parameters, take fewer steps, or use noise_mode='standard'"
         )
@@ -326,7 +329,7 @@ class PrivacySpec:
         names = {field.name for field in fields(cls)}
         missing, unknown = sorted(names - set(values) - _LATER_FIELDS), sorted(set(values) - names)
         if missing or unknown:
-            raise ValueError(f"not a PrivacySpec: missing {missing}, unknown {unknown}")
+            raise InvalidValueError(f"not a PrivacySpec: missing {missing}, unknown {unknown}")
         return cls(**values)
 
     def fingerprint(self) -> str:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
+from wavedp.errors import StateError
 from wavedp.privacy import strict
+from wavedp.privacy.ledger import PrivacyLedger
 from wavedp.privacy.noise import GRID_BITS, MAX_DEVIATION, grid_step
 from wavedp.privacy.optimizer import PrivateOptimizer
 from wavedp.privacy.spec import PrivacySpec
@@ -44,11 +46,19 @@ COUNTED_LABELS = (
     "public. Nothing else about labels was counted from the private data."
 )
 
+JOINT_RUNS = (
+    "The settings of every run in the ledger were fixed without looking at what earlier runs released: the ledger "
+    "composes their mechanisms as one."
+)
+
 _TITLES = {
     "epsilon": "epsilon (upper bound)",
     "epsilon_lower": "epsilon (lower bound)",
     "epsilon_rdp": "epsilon (RDP cross-check)",
     "epsilon_charged": "epsilon of charged steps",
+    "ledger_epsilon": "epsilon of the whole ledger",
+    "ledger_delta": "delta of the whole ledger",
+    "ledger_runs": "runs in the ledger",
     "clipping": "clipping rule",
     "extra_charge": "released beside the sum",
     "neighboring_relation": "neighbouring relation",
@@ -65,7 +75,8 @@ class PrivacyStatement:
     whatever reason. ``epsilon_charged`` counts the charged steps in place of the planned ones, and holds if the
     decision to stop did not depend on the private data. ``charged`` lists what epsilon consists of. ``extra_charge``
     says what a step releases beyond the sum, which epsilon covers as well; ``sensitivity`` and ``noise_stddev`` are
-    those of the first step.
+    those of the first step. ``ledger_epsilon`` and ``ledger_delta`` are the guarantee of all ``ledger_runs`` runs that
+    the ledger records, this one among them, taken together; ``None`` without a ledger.
     """
 
     mechanism: str
@@ -91,6 +102,9 @@ class PrivacyStatement:
     noise_mode: str
     dataset_size_bound: int
     ledger_head: str | None
+    ledger_runs: int | None
+    ledger_epsilon: float | None
+    ledger_delta: float | None
     spec_fingerprint: str
     charged: tuple[str, ...]
     assumptions: tuple[str, ...]
@@ -115,7 +129,9 @@ class PrivacyStatement:
         lower, upper = spec.epsilon_bounds()
         spent = private.privacy_spent()["epsilon_charged"]
         if not math.isfinite(upper) or spent is None:
-            raise RuntimeError(f"epsilon is {upper}: this run has no privacy guarantee to state")
+            raise StateError(f"epsilon is {upper}: this run has no privacy guarantee to state")
+        ledger = private.ledger
+        ledger_epsilon, ledger_delta = (None, None) if ledger is None else ledger.spent()
         return cls(
             mechanism="DP-SGD: sum of clipped per-record gradients of a Poisson sample, plus noise",
             unit=spec.unit,
@@ -139,10 +155,22 @@ class PrivacyStatement:
             expected_batch_size=spec.expected_batch_size,
             noise_mode=_noise_mode(spec),
             dataset_size_bound=spec.dataset_size_bound,
-            ledger_head=None if private.ledger is None else private.ledger.head,
+            ledger_head=None if ledger is None else ledger.head,
+            ledger_runs=None if ledger is None else len(ledger.runs),
+            ledger_epsilon=ledger_epsilon,
+            ledger_delta=ledger_delta,
             spec_fingerprint=spec.fingerprint(),
-            charged=charged_by(spec),
-            assumptions=(*ASSUMPTIONS, COUNTED_LABELS if spec.releases else PUBLIC_LABELS, *assumptions),
+            charged=(*charged_by(spec), *_shared_budget(ledger)),
+            assumptions=(
+                *ASSUMPTIONS,
+                COUNTED_LABELS if spec.releases else PUBLIC_LABELS,
+                *(
+                    [JOINT_RUNS]
+                    if ledger is not None and ledger.budget and ledger.budget.composition == "joint"
+                    else []
+                ),
+                *assumptions,
+            ),
             warnings=_warnings(private),
             versions=_versions(),
         )
@@ -175,13 +203,13 @@ class PrivacyStatement:
 def _refuse_unfit(private: PrivateOptimizer) -> None:
     spec = private.spec
     if private.insecure:
-        raise RuntimeError("insecure_seed was used: noise or batches can be reproduced, so there is no guarantee")
+        raise StateError("insecure_seed was used: noise or batches can be reproduced, so there is no guarantee")
     if spec.noise_multiplier == 0.0:
-        raise RuntimeError("not private: noise_multiplier is 0")
+        raise StateError("not private: noise_multiplier is 0")
     if private.pending:
-        raise RuntimeError("a batch is pending: call step() or discard() before asking for the statement")
+        raise StateError("a batch is pending: call step() or discard() before asking for the statement")
     if private.steps_charged == 0:
-        raise RuntimeError("no step was charged: there is no private training to make a statement about")
+        raise StateError("no step was charged: there is no private training to make a statement about")
     private.check_regular()
 
 
@@ -215,6 +243,18 @@ def charged_by(spec: PrivacySpec) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _shared_budget(ledger: PrivacyLedger | None) -> tuple[str, ...]:
+    """What all runs of a shared ledger cost, each with all its planned steps and releases."""
+    if ledger is None or ledger.budget is None:
+        return ()
+    budget, (epsilon, delta) = ledger.budget, ledger.spent()
+    how = "added up" if budget.composition == "adaptive" else "composed as one"
+    return (
+        f"With all {len(ledger.runs)} runs that the ledger records, {how}: epsilon {epsilon:.6g} of "
+        f"{budget.epsilon:.6g} at delta {delta:.6g} of {budget.delta:.6g}.",
+    )
+
+
 def _sampler(spec: PrivacySpec) -> str:
     sampler = "Poisson: each record independently at every step, by 64-bit words of system entropy"
     if spec.truncated_batch_size is None:
@@ -240,6 +280,11 @@ def _warnings(private: PrivateOptimizer) -> tuple[str, ...]:
     found = []
     if private.ledger is None:
         found.append("No ledger was used: if an earlier attempt of this run was lost, it is not charged here.")
+    elif not set(private.spec.releases) <= set(private.ledger.released):
+        found.append(
+            f"The ledger records no release of {', '.join(private.spec.releases)}: what was released without it is "
+            f"charged once here, however often it was."
+        )
     if private.steps_charged < private.spec.steps:
         found.append(
             f"The run stopped after {private.steps_charged} of {private.spec.steps} steps; epsilon is for all of them."

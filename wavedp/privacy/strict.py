@@ -21,6 +21,7 @@ import functools
 import itertools
 import math
 
+from wavedp.errors import InvalidValueError
 from wavedp.functional import MAX_STRICT_DEVIATION, STRICT_ANGLE_BITS, STRICT_NORMAL_ERROR, STRICT_RADIUS_BITS
 from wavedp.privacy.validation import check_real
 
@@ -67,7 +68,7 @@ def rounded_sensitivity(sensitivity: float, noise_multiplier: float, trainable_p
     bits = grid_bits(noise_multiplier, trainable_parameters)
     rounding = math.ldexp(noise_multiplier * math.sqrt(trainable_parameters), -bits)
     if rounding > 0.5:
-        raise ValueError(
+        raise InvalidValueError(
             f"strict noise on {trainable_parameters} parameters with noise multiplier {noise_multiplier:.6g} would "
             f"round more than half of the sensitivity away: use noise_mode='standard', or train fewer parameters"
         )

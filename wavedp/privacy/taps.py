@@ -2,12 +2,14 @@
 """The node behind each use of a booked parameter, and the two ways to take what it sees in a backward."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from wavedp.errors import StateError
 from wavedp.privacy.bookings import Bookings, Factors
 from wavedp.privacy.layers import Call
 from wavedp.privacy.probe import Place
@@ -107,7 +109,7 @@ class Summing:
             for name, form, _ in self._gradients(place, call):
                 if name in self._bookings.left:
                     if name in self.sums:
-                        raise RuntimeError(f"parameter {name!r} was used once in the first backward and twice in this")
+                        raise StateError(f"parameter {name!r} was used once in the first backward and twice in this")
                     form = self._bookings.of_records(form)
                     self._bookings.check_same_norms(name, form)
                     self.sums[name] = self._factors.clipped_sum(name, form)
@@ -124,7 +126,7 @@ class Look:
     def take(self, place: Place, call: Call) -> None:
         check_record_axis(place, call, len(self._outside), self._min_axes(place))
         if nonzero(call.output_grads[self._outside.to(call.output_grads.device)]):
-            raise RuntimeError(
+            raise StateError(
                 f"layer {place[0]!r}: the losses of some records depend on rows of other records, so no record's "
                 f"contribution can be bounded; give every booked layer an input whose first axis is the record "
                 f"axis, in the order of the losses (expand shared inputs such as position ids to [B, T]), and "
@@ -136,7 +138,7 @@ class Look:
 
 def check_record_axis(place: Place, call: Call, rows: int, min_axes: int) -> None:
     if call.inputs.ndim < min_axes or call.inputs.shape[0] != rows:
-        raise RuntimeError(
+        raise StateError(
             f"layer {place[0]!r} got an input of shape {tuple(call.inputs.shape)} for {rows} losses: its "
             f"first axis must be the record axis; expand inputs that records share (position ids to [B, "
             f"T]) and keep records apart from tokens ([B, T, d], not [B * T, d])"
@@ -148,23 +150,37 @@ def nonzero(x: Tensor) -> bool:
     return bool(((x != 0) & torch.isfinite(x)).any())
 
 
+_NOTHING: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+_has_cuda = functools.cache(torch.cuda.is_available)
+_precision: Any = getattr(
+    torch._C, "_get_fp32_precision_getter", None
+)  # what the flags below read, at a tenth of the time
+_PRODUCTS = (("generic", "all"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
+
+
 def exact_arithmetic() -> contextlib.AbstractContextManager[object]:
     """Keep norms and sums in full float32: no autocast, no TF32, no bfloat16 inside float32 products."""
     autocast = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     if not hasattr(torch.backends, "fp32_precision"):  # torch < 2.9
         if not autocast and torch.get_float32_matmul_precision() == "highest":
-            return contextlib.nullcontext()
+            return _NOTHING
         return _exact(autocast, [])
+    if _precision is not None and not (autocast or _has_cuda()) and _are_exact():
+        return _NOTHING
     backends: Any = torch.backends
     products = [backends.mkldnn.matmul, backends.mkldnn.conv]
-    if torch.cuda.is_available():
+    if _has_cuda():
         products += [backends.cuda.matmul, backends.cudnn.conv]
     inexact = [flags for flags in products if flags.fp32_precision != "ieee"]
     # "none" is what is set for all.
     exact_by_default = backends.fp32_precision in ("none", "ieee") and all(f.fp32_precision == "none" for f in inexact)
     if exact_by_default and not autocast:
-        return contextlib.nullcontext()
+        return _NOTHING
     return _exact(autocast, inexact)
+
+
+def _are_exact() -> bool:
+    return all(_precision(backend, op) in ("none", "ieee") for backend, op in _PRODUCTS)
 
 
 @contextlib.contextmanager

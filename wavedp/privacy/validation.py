@@ -4,6 +4,8 @@
 import math
 from numbers import Integral, Real
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
+
 
 def check_real(
     name: str,
@@ -21,8 +23,11 @@ def check_real(
         ValueError: it is NaN, infinite, or outside a bound.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}: {value!r}")
-    number = float(value)
+        raise InvalidTypeError(f"{name} must be a real number, got {type(value).__name__}: {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise InvalidValueError(f"{name} must be finite, got a number beyond 1.8e308") from None
     bounds = [
         (above is None or number > above, f"> {above}"),
         (at_least is None or number >= at_least, f">= {at_least}"),
@@ -30,20 +35,20 @@ def check_real(
         (at_most is None or number <= at_most, f"<= {at_most}"),
     ]
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number!r}")
+        raise InvalidValueError(f"{name} must be finite, got {number!r}")
     for holds, bound in bounds:
         if not holds:
-            raise ValueError(f"{name} must be {bound}, got {number!r}")
+            raise InvalidValueError(f"{name} must be {bound}, got {number!r}")
     return number
 
 
 def check_integer(name: str, value: object, *, at_least: int = 0, at_most: int | None = None) -> int:
     """Return ``value`` as an int inside the given bounds; raises like :func:`check_real`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}: {value!r}")
+        raise InvalidTypeError(f"{name} must be an integer, got {type(value).__name__}: {value!r}")
     number = int(value)
     if number < at_least:
-        raise ValueError(f"{name} must be >= {at_least}, got {number}")
+        raise InvalidValueError(f"{name} must be >= {at_least}, got {number}")
     if at_most is not None and number > at_most:
-        raise ValueError(f"{name} must be <= {at_most}, got {number}")
+        raise InvalidValueError(f"{name} must be <= {at_most}, got {number}")
     return number

@@ -2,6 +2,7 @@
 """Planted bugs: spending that is charged late, lost, or given back; files that are believed."""
 
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import safetensors.torch
 import torch
 
 from wavedp import storage
-from wavedp.privacy import ledger as ledgers
-from wavedp.privacy import optimizer
+from wavedp.privacy import ledger_file, optimizer
 from wavedp.privacy.ledger import PrivacyLedger
+from wavedp.privacy.ledger_budget import PrivacyBudget
+from wavedp.privacy.ledger_file import LedgerError, LedgerFile
 from wavedp.privacy.optimizer import PrivateOptimizer
 from wavedp.selftest.planting import Planted, Registry
 
@@ -46,8 +48,9 @@ def charged_after_step(planted: Planted) -> None:
         planted.mark()
         waiting = self.__dict__.setdefault("waiting", [])
         if waiting:
-            original(self, waiting.pop())
+            self._file.append(waiting.pop())
         waiting.append(fields)
+        self._contents.accept(self.lines + 1, {"previous": "", "digest": "", **fields})
 
     planted.replace(PrivacyLedger, "_write", write)
 
@@ -59,7 +62,7 @@ def charge_not_synced(planted: Planted) -> None:
     def fsync(descriptor: int) -> None:
         planted.mark()
 
-    replace_module(planted, ledgers, "os", OtherSystem(fsync=fsync))
+    replace_module(planted, ledger_file, "os", OtherSystem(fsync=fsync))
 
 
 @bug("own")
@@ -119,7 +122,7 @@ def ledger_rolled_back(planted: Planted) -> None:
         original(self, state)
         if self._ledger is not None:
             planted.mark()
-            self._ledger._charged = state["steps_charged"]
+            self._ledger._own.charged = state["steps_charged"]
 
     planted.replace(PrivateOptimizer, "load_state_dict", load)
 
@@ -161,39 +164,46 @@ def ledger_beyond_plan(planted: Planted) -> None:
 def digests_not_checked(planted: Planted) -> None:
     """A ledger whose numbers were changed is believed."""
 
-    def digest(original: Any, entry: dict[str, Any]) -> Any:
+    def digest_of(original: Any, entry: dict[str, Any]) -> Any:
         planted.mark()
         return entry.get("digest", original(entry))
 
-    planted.replace(ledgers, "_digest", digest)
+    planted.replace(ledger_file, "digest_of", digest_of)
 
 
 @bug("own")
 def chain_not_checked(planted: Planted) -> None:
     """A ledger that lost lines is believed."""
 
-    def accept(original: Any, self: PrivacyLedger, number: int, entry: dict[str, Any]) -> None:
+    def parse(original: Any, path: Path, content: bytes) -> Any:
+        try:
+            return original(path, content)
+        except LedgerError:
+            entries = [json.loads(line) for line in content.splitlines()]
+            if not entries or any(entry["digest"] != ledger_file.digest_of(entry) for entry in entries):
+                raise
         planted.mark()
-        entry["previous"] = self.head
-        if entry.get("kind") == "reserve":
-            entry["charged"] = self._charged + entry["steps"]
-        original(self, number, entry)
+        charged = 0
+        for entry in entries:
+            if entry["kind"] == "reserve":
+                charged += entry["steps"]
+                entry["charged"] = charged
+        return entries, len(content)
 
-    planted.replace(PrivacyLedger, "_accept", accept)
+    planted.replace(ledger_file, "parse", parse)
 
 
 @bug("own")
 def emptied_ledger_accepted(planted: Planted) -> None:
     """A ledger that was emptied starts again from nothing."""
 
-    def replay(original: Any, self: PrivacyLedger) -> None:
-        if self._read():
-            original(self)
-            return
+    def parse(original: Any, path: Path, content: bytes) -> Any:
+        if content:
+            return original(path, content)
         planted.mark()
-        self._write({"kind": "create", "version": 1, "spec": self.spec.to_dict()})
+        return [], 0
 
-    planted.replace(PrivacyLedger, "_replay", replay)
+    planted.replace(ledger_file, "parse", parse)
 
 
 @bug("own")
@@ -206,17 +216,17 @@ def torn_line_charged_nothing(planted: Planted) -> None:
         planted.mark()
         return True
 
-    planted.replace(ledgers, "_torn", torn)
+    planted.replace(ledger_file, "_torn", torn)
 
 
 @bug("own")
 def two_writers(planted: Planted) -> None:
     """Two runs open one ledger, and each spends all of it."""
 
-    def lock(original: Any, self: PrivacyLedger) -> None:
+    def lock(original: Any, self: LedgerFile) -> None:
         planted.mark()
 
-    planted.replace(PrivacyLedger, "_lock", lock)
+    planted.replace(LedgerFile, "_lock", lock)
 
 
 @bug("own")
@@ -234,12 +244,33 @@ def histogram_released_again(planted: Planted) -> None:
     """The label histogram is charged once and drawn as often as is asked."""
 
     def release(original: Any, self: PrivacyLedger, name: str, saved_as: Any = "") -> None:
-        if name in self._released:
+        if name in self._own.released:
             planted.mark()
             return
         original(self, name, saved_as)
 
     planted.replace(PrivacyLedger, "release", release)
+
+
+@bug("own")
+def replaced_ledger_accepted(planted: Planted) -> None:
+    """A ledger that an older copy took the place of is continued."""
+
+    def check(original: Any, self: PrivacyLedger, head: str, lines: int) -> None:
+        planted.mark()
+
+    planted.replace(PrivacyLedger, "check_history", check)
+
+
+@bug("own")
+def runs_not_added_up(planted: Planted) -> None:
+    """Of runs that share a budget, only the last counts."""
+
+    def spent(original: Any, self: PrivacyBudget, specs: Any) -> Any:
+        planted.mark()
+        return original(self, list(specs)[-1:])
+
+    planted.replace(PrivacyBudget, "spent", spent)
 
 
 @bug("own")

@@ -344,11 +344,12 @@ def key_not_wiped(planted: Planted) -> None:
 def same_noise_for_every_tensor(planted: Planted) -> None:
     """Every tensor takes the noise's numbers from the first on."""
 
-    def noisy(original: Any, total: Tensor, std: float, **options: Any) -> Tensor:
-        planted.mark()
-        return torch.as_tensor(original(total, std, **{**options, "offset": 0}))
+    def write(original: Any, parameters: Any, sums: Any, *rest: Any) -> None:
+        for name, parameter in parameters.items():
+            planted.mark()
+            original({name: parameter}, sums, *rest)
 
-    planted.replace(release, "noisy_mean", noisy)
+    planted.replace(optimizer, "write_noisy_means", write)
 
 
 @bug("known class")

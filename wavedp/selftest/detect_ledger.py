@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from wavedp import storage
-from wavedp.privacy import LedgerError, PrivacyLedger, PrivateOptimizer, release_label_histogram
+from wavedp.privacy import LedgerError, PrivacyBudget, PrivacyLedger, PrivateOptimizer, release_label_histogram
 from wavedp.selftest.alarms import Alarm, require, require_refusal
 from wavedp.selftest.cases import Recorder, specification
 
@@ -28,6 +28,7 @@ def detect(seed: int) -> None:
         old_checkpoints(folder)
         damaged_files(folder)
         label_histogram(folder / "labels.jsonl")
+        shared_budget(folder / "shared.jsonl")
         checkpoint_contents()
         hostile_weights(folder)
 
@@ -118,10 +119,12 @@ def old_checkpoints(folder: Path) -> None:
         with PrivateOptimizer(model, Recorder(model.parameters()), spec, ledger=ledger, reserve_steps=1) as private:
             private.step()
             old = private.state_dict()
+            head, lines = ledger.head, ledger.lines
             copy.write_bytes(path.read_bytes())
             private.step()
             private.step()
             new = private.state_dict()
+            newer = ledger.head, ledger.lines
             private.load_state_dict(old)
             require(
                 private.steps_charged == on_disk(path) == 3,
@@ -135,6 +138,8 @@ def old_checkpoints(folder: Path) -> None:
         PrivateOptimizer(model, Recorder(model.parameters()), spec, ledger=ledger) as private,
     ):
         require_refusal("a ledger older than the checkpoint", lambda: private.load_state_dict(new))
+        ledger.check_history(head, lines)
+        require_refusal("a ledger that an older copy took the place of", lambda: ledger.check_history(*newer))
 
 
 def damaged_files(folder: Path) -> None:
@@ -177,6 +182,17 @@ def label_histogram(path: Path) -> None:
         require_refusal("a second label histogram", lambda: release_label_histogram(labels, 4, spec, ledger=ledger))
     kinds = [json.loads(line)["kind"] for line in path.read_text(encoding="utf-8").splitlines()]
     require(kinds == ["create", "release"], f"a label histogram is charged as {kinds}")
+
+
+def shared_budget(path: Path) -> None:
+    """Runs on one data set add up: the second does not fit."""
+    spec = specification(sample_rate=1.0, noise_multiplier=20.0, steps=100)
+    budget = PrivacyBudget(epsilon=1.5 * spec.epsilon(), delta=2.5 * spec.delta)
+    with PrivacyLedger(path, spec, budget=budget, run="first") as ledger:
+        ledger.reserve(1)
+    require_refusal(
+        "a run beyond the budget that it shares", lambda: PrivacyLedger(path, spec, run="second"), (LedgerError,)
+    )
 
 
 def checkpoint_contents() -> None:

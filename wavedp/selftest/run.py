@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from wavedp.errors import InvalidValueError
 from wavedp.selftest import (
     bugs_accounting,
     bugs_clipping,
@@ -154,7 +155,7 @@ def run_selftest(
     names = list(BUGS) if bugs is None else list(bugs)
     unknown = [name for name in names if name not in BUGS]
     if unknown:
-        raise ValueError(f"there is no planted bug {unknown[0]!r}; wavedp selftest --list shows them")
+        raise InvalidValueError(f"there is no planted bug {unknown[0]!r}; wavedp selftest --list shows them")
     began = time.perf_counter()
     found: dict[str, Caught] = {}
     alarms: list[tuple[int, Finding]] = []

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from wavedp import storage
+from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 
 FORMAT = "wavedp.superres"
 RANGE_TOLERANCE = 1e-4  # rounding of an inverse transform; clamped, while anything further out is refused
@@ -109,7 +110,7 @@ class BatchedSuperResolver(SuperResolver):
     def _condition(self, count: int, **options: Any) -> dict[str, Any]:
         """Turns the options of one call on ``count`` images into sequences of one entry per image."""
         if options:
-            raise TypeError(f"{self.name} takes no option {', '.join(sorted(options))} when called")
+            raise InvalidTypeError(f"{self.name} takes no option {', '.join(sorted(options))} when called")
         return {}
 
     def __call__(
@@ -150,9 +151,9 @@ class BatchedSuperResolver(SuperResolver):
         y = self._upscale(x.to(self.dtype), generators, condition).float()
         expected = (*x.shape[:2], x.shape[2] * self.scale, x.shape[3] * self.scale)
         if tuple(y.shape) != expected:
-            raise RuntimeError(f"{self.name} made {tuple(y.shape)} of {tuple(x.shape)}; x{self.scale} is {expected}")
+            raise StateError(f"{self.name} made {tuple(y.shape)} of {tuple(x.shape)}; x{self.scale} is {expected}")
         if not bool(torch.isfinite(y).all()):
-            raise RuntimeError(f"{self.name} made NaN or infinite values in {self.dtype}; try dtype=torch.float32")
+            raise StateError(f"{self.name} made NaN or infinite values in {self.dtype}; try dtype=torch.float32")
         y = y[:, :, : height * self.scale, : width * self.scale].clamp(0, 1)
         if self.channels == 3 and channels == 1:
             y = y.mean(1, keepdim=True)
@@ -167,30 +168,32 @@ class BatchedSuperResolver(SuperResolver):
 def check_images(images: Tensor) -> None:
     """TypeError unless a Tensor, ValueError unless floating ``[B, 1 or 3, h, w]``, finite, in [0, 1]."""
     if not isinstance(images, Tensor):
-        raise TypeError(f"images are a torch.Tensor, not {type(images).__name__}")
+        raise InvalidTypeError(f"images are a torch.Tensor, not {type(images).__name__}")
     if not images.is_floating_point():
-        raise ValueError(f"images are floating point in [0, 1], not {images.dtype}; divide bytes by 255 first")
+        raise InvalidValueError(f"images are floating point in [0, 1], not {images.dtype}; divide bytes by 255 first")
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
-        raise ValueError(f"images are [B, C, h, w] with C = 1 or 3 and h, w >= 1, not {list(images.shape)}")
+        raise InvalidValueError(f"images are [B, C, h, w] with C = 1 or 3 and h, w >= 1, not {list(images.shape)}")
     if images.numel() == 0:
         return
     if not bool(torch.isfinite(images).all()):
-        raise ValueError("images hold NaN or infinite values")
+        raise InvalidValueError("images hold NaN or infinite values")
     low, high = images.min().item(), images.max().item()
     if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        raise ValueError(f"images are in [0, 1], but these span [{low:.4g}, {high:.4g}]; rescale or clamp them first")
+        raise InvalidValueError(
+            f"images are in [0, 1], but these span [{low:.4g}, {high:.4g}]; rescale or clamp them first"
+        )
 
 
 def check_positive(what: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{what} is a positive integer, not {value!r}")
+        raise InvalidValueError(f"{what} is a positive integer, not {value!r}")
     return value
 
 
 def check_scale(name: str, wanted: int | None, actual: int) -> int:
     """Returns ``actual``; raises ValueError when another scale was asked for."""
     if wanted is not None and wanted != actual:
-        raise ValueError(
+        raise InvalidValueError(
             f"this {name} enlarges x{actual}, not x{wanted}; wavedp.superres.to_size chains to a wanted size"
         )
     return actual

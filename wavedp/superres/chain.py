@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.superres.base import State, SuperResolver, check_images
 
 
@@ -36,7 +37,9 @@ class Chain(SuperResolver):
         built.
         """
         if options:
-            raise TypeError(f"a chain takes no option {', '.join(sorted(options))} when called; set it on the stage")
+            raise InvalidTypeError(
+                f"a chain takes no option {', '.join(sorted(options))} when called; set it on the stage"
+            )
         check_images(images)
         result = images.float().clamp(0, 1)
         for stage in self.stages:
@@ -86,7 +89,7 @@ class Resized(SuperResolver):
         """See `SuperResolver.__call__`; raises ValueError for images that are not of ``from_size``."""
         check_images(images)
         if tuple(images.shape[2:]) != self.from_size:
-            raise ValueError(
+            raise InvalidValueError(
                 f"made for images of {self.from_size}, not {tuple(images.shape[2:])}; call to_size for these"
             )
         result = self.resolver(images, generator=generator, batch_size=batch_size, progress=progress, **options)

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from wavedp import storage
+from wavedp.errors import InvalidValueError
 from wavedp.superres.base import BatchedSuperResolver, State, check_positive, check_scale
 from wavedp.superres.hub import fetch, import_extra, location
 
@@ -72,7 +73,7 @@ class DiffusersUpscaler(BatchedSuperResolver):
             pipeline = fetch(loader, path, needed_by=cls.name, **components)
             pipeline.set_progress_bar_config(disable=True)
         elif path is not None:
-            raise ValueError(f"{cls.name}: give path= or pipeline=, not both")
+            raise InvalidValueError(f"{cls.name}: give path= or pipeline=, not both")
         resolver = cls(pipeline, path=path, **options)
         check_scale(cls.name, scale, resolver.scale)
         return resolver.to(device, None if dtype == resolver.dtype else dtype)
@@ -135,9 +136,9 @@ class StableDiffusionUpscaler(DiffusersUpscaler):
         if pipeline.unet.config.num_class_embeds:  # the UNet embeds the level as a class
             highest = min(highest, pipeline.unet.config.num_class_embeds - 1)
         if not isinstance(noise_level, int) or not 0 <= noise_level <= highest:
-            raise ValueError(f"noise_level is an integer in [0, {highest}], not {noise_level!r}")
+            raise InvalidValueError(f"noise_level is an integer in [0, {highest}], not {noise_level!r}")
         if not guidance_scale >= 1:
-            raise ValueError(f"guidance_scale is at least 1 (no guidance), not {guidance_scale}")
+            raise InvalidValueError(f"guidance_scale is at least 1 (no guidance), not {guidance_scale}")
         self.noise_level, self.guidance_scale = noise_level, float(guidance_scale)
         self.text: dict[str, Any] = {
             "prompt": prompt,
@@ -190,21 +191,23 @@ class StableDiffusionUpscaler(DiffusersUpscaler):
         """``{role: [strings]}``, ``{role_embeds: [B, tokens, dim]}`` or nothing."""
         prompt, embeds = text[role], text[f"{role}_embeds"]
         if prompt is not None and embeds is not None:
-            raise ValueError(f"give {role} or {role}_embeds, not both")
+            raise InvalidValueError(f"give {role} or {role}_embeds, not both")
         if embeds is not None:
             if embeds.ndim != 3 or embeds.shape[0] not in (1, count):
-                raise ValueError(f"{role}_embeds is [1 or {count}, tokens, dim], not {list(embeds.shape)}")
+                raise InvalidValueError(f"{role}_embeds is [1 or {count}, tokens, dim], not {list(embeds.shape)}")
             return {f"{role}_embeds": embeds.expand(count, -1, -1)}
         if prompt is None:
             return {}
         prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
         if len(prompts) != count:
-            raise ValueError(f"{len(prompts)} entries of {role} for {count} images; give one string or one per image")
+            raise InvalidValueError(
+                f"{len(prompts)} entries of {role} for {count} images; give one string or one per image"
+            )
         return {role: self._encodable(prompts)}
 
     def _encodable(self, prompts: list[str]) -> list[str]:
         if self.pipeline.text_encoder is None:
-            raise ValueError(
+            raise InvalidValueError(
                 f"this {self.name} has no text encoder: give prompt_embeds, and negative_prompt_embeds "
                 f"unless guidance_scale is 1 (it is {self.guidance_scale})"
             )

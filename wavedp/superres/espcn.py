@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from wavedp import storage
+from wavedp.errors import BadFileError, InvalidValueError
 from wavedp.superres.base import FORMAT, BatchedSuperResolver, State, check_positive, check_scale
 
 SCALES = (2, 3, 4, 8)
@@ -34,14 +35,15 @@ class EspcnConfig:
     first_kernel: int = 5  # odd; the other kernels are 3
 
     def __post_init__(self) -> None:
-        for field in ("width", "depth", "first_kernel"):
-            check_positive(field, getattr(self, field))
+        for field, most in (("width", 4096), ("depth", 64), ("first_kernel", 31)):
+            if check_positive(field, getattr(self, field)) > most:
+                raise InvalidValueError(f"{field} is at most {most}, not {getattr(self, field)}")
         if self.scale not in SCALES:
-            raise ValueError(f"the scale of an espcn is one of {SCALES}, not {self.scale!r}")
+            raise InvalidValueError(f"the scale of an espcn is one of {SCALES}, not {self.scale!r}")
         if self.channels not in (1, 3):
-            raise ValueError(f"channels is 1 or 3, not {self.channels!r}")
+            raise InvalidValueError(f"channels is 1 or 3, not {self.channels!r}")
         if self.width % 2 or self.first_kernel % 2 == 0:
-            raise ValueError(f"width is even and first_kernel odd, not {self.width} and {self.first_kernel}")
+            raise InvalidValueError(f"width is even and first_kernel odd, not {self.width} and {self.first_kernel}")
 
 
 class Espcn(nn.Module):
@@ -104,7 +106,7 @@ class EspcnResolver(BatchedSuperResolver):
         **options: Any,
     ) -> Self:
         if (path is None) == (pipeline is None):
-            raise ValueError(
+            raise InvalidValueError(
                 "espcn has no built-in weights: give path=, a folder its training or save_pretrained wrote, "
                 "or pipeline=, an Espcn; not both"
             )
@@ -139,10 +141,16 @@ def read_espcn(path: str | Path) -> tuple[Espcn, dict[str, Any]]:
     folder = path.parent if path.is_file() else path
     config, tensors = storage.load_folder(folder)
     if config.get("format") != FORMAT or config.get("name") != "espcn":
-        raise ValueError(f"{folder} does not hold an espcn but {config.get('name', 'something else')!r}")
+        raise InvalidValueError(f"{folder} does not hold an espcn but {config.get('name', 'something else')!r}")
     try:
-        model = Espcn(EspcnConfig(**config["model"]))
+        settings = EspcnConfig(**config["model"])
+        with torch.device("meta"):  # sizes without memory
+            wanted = {name: value.shape for name, value in Espcn(settings).state_dict().items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / storage.CONFIG_FILE} describes no espcn: {error}") from error
+        raise BadFileError(f"{folder / storage.CONFIG_FILE} describes no espcn: {error}") from error
+    if wanted != {name: value.shape for name, value in tensors.items()}:
+        raise BadFileError(f"the weights in {folder} are not those of the espcn in its config: copy the folder again")
+    model = Espcn(settings)
     storage.load_weights(model, tensors, folder)
-    return model, dict(config.get("training", {}))
+    made_by = config.get("training", {})
+    return model, made_by if isinstance(made_by, dict) else {}

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from wavedp.errors import InvalidValueError, MissingFileError, MissingPackageError
+
 INSTALL = "pip install 'wavedp[sr]'"
 
 
@@ -14,7 +16,7 @@ def import_extra(package: str, needed_by: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{needed_by} needs {package}: {INSTALL} ({error})") from error
+        raise MissingPackageError(f"{needed_by} needs {package}: {INSTALL} ({error})") from error
 
 
 def fetch(from_pretrained: Callable[..., Any], path: str, *, needed_by: str, **options: Any) -> Any:
@@ -24,7 +26,7 @@ def fetch(from_pretrained: Callable[..., Any], path: str, *, needed_by: str, **o
     weights only is refused, since unpickling runs its code.
     """
     if _is_folder_name(path) and not Path(path).expanduser().is_dir():
-        raise FileNotFoundError(f"{needed_by}: the folder {path!r} does not exist")
+        raise MissingFileError(f"{needed_by}: the folder {path!r} does not exist")
     local = Path(path).expanduser()
     source = str(local) if local.is_dir() else path
     try:
@@ -38,7 +40,7 @@ def fetch(from_pretrained: Callable[..., Any], path: str, *, needed_by: str, **o
                 f"with a network run 'hf download {path} --local-dir FOLDER', then pass path='FOLDER'; "
                 "the weights must be safetensors"
             )
-        raise FileNotFoundError(f"{needed_by}: cannot load {path!r} ({reason}); {advice}") from error
+        raise MissingFileError(f"{needed_by}: cannot load {path!r} ({reason}); {advice}") from error
 
 
 def _is_folder_name(path: str) -> bool:
@@ -49,7 +51,7 @@ def _is_folder_name(path: str) -> bool:
 def location(path: str | None, needed_by: str) -> str:
     """What a saved configuration says of a model: its hub id, or its folder's absolute path."""
     if path is None:
-        raise ValueError(
+        raise InvalidValueError(
             f"{needed_by} was built from pipeline=, so there is no hub id or folder to write down; save the "
             "model with its own save_pretrained and load it with path="
         )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
+from wavedp.errors import InvalidValueError
 from wavedp.functional import waverec2
 from wavedp.superres.base import BatchedSuperResolver, State, check_positive
 
@@ -47,7 +48,7 @@ class Haar(BatchedSuperResolver):
     def __init__(self, scale: int = DEFAULT_SCALE, *, batch_size: int = 256, **placement: Any) -> None:
         super().__init__(scale, batch_size=batch_size, **placement)
         if scale & (scale - 1):
-            raise ValueError(f"the scale of 'haar' is a power of two, not {scale}")
+            raise InvalidValueError(f"the scale of 'haar' is a power of two, not {scale}")
         self.level = scale.bit_length() - 1
 
     @classmethod
@@ -63,5 +64,5 @@ class Haar(BatchedSuperResolver):
 
 def _weightless(name: str, scale: int | None, path: str | None) -> int:
     if path is not None:
-        raise ValueError(f"{name!r} has no weights to read; leave path={path!r} out")
+        raise InvalidValueError(f"{name!r} has no weights to read; leave path={path!r} out")
     return DEFAULT_SCALE if scale is None else check_positive("scale", scale)

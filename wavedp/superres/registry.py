@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from wavedp import storage
+from wavedp.errors import BadFileError, InvalidTypeError, InvalidValueError, WavedpError
 from wavedp.superres.base import FORMAT, BatchedSuperResolver, SuperResolver
 from wavedp.superres.chain import Chain, Resized
 from wavedp.superres.hub import INSTALL
+
+MAX_STAGES = 16
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,23 @@ def load(
     if saved is not None:
         config, tensors = saved
         if config.get("name") != name:
-            raise ValueError(f"{path} holds {config.get('name')!r}, not {name!r}")
-        options = {**config.get("options", {}), **options}
+            raise InvalidValueError(f"{path} holds {config.get('name')!r}, not {name!r}")
+        stored = config.get("options", {})
+        if not isinstance(stored, dict) or {"scale", "path", "device", "dtype", "pipeline"} & set(stored):
+            raise BadFileError(f"{path} has options that no {name} was saved with: {stored!r}")
+        options = {**stored, **options}
         if name != "espcn":
             path, options = config.get("path"), {**tensors, **options}
             scale = config.get("scale") if scale is None else scale
     path = None if path is None else str(path)
-    return adapter.load_class().load(scale=scale, path=path, device=device, dtype=dtype, **options)
+    try:
+        return adapter.load_class().load(scale=scale, path=path, device=device, dtype=dtype, **options)
+    except TypeError as error:
+        if isinstance(error, WavedpError):
+            raise
+        raise InvalidTypeError(
+            f"{name} cannot be loaded with the options {', '.join(sorted(options))}: {error}"
+        ) from error
 
 
 def from_pretrained(
@@ -127,26 +140,30 @@ def from_pretrained(
     """
     folder = Path(folder).expanduser()
     config = storage.load_folder(folder)[0]
-    name = config.get("name")
+    name = str(config.get("name"))
     if config.get("format") != FORMAT or name not in (*ADAPTERS, Chain.name, Resized.name):
-        raise ValueError(f"{folder} does not hold a super-resolver saved by wavedp")
+        raise InvalidValueError(f"{folder} does not hold a super-resolver saved by wavedp")
     if name in ADAPTERS:
         return load(name, path=folder, device=device, dtype=dtype, **options)
     if options:
-        raise ValueError(f"{folder} holds a {name}, which takes no options; it was given {', '.join(sorted(options))}")
+        raise InvalidValueError(
+            f"{folder} holds a {name}, which takes no options; it was given {', '.join(sorted(options))}"
+        )
     try:
         if name == Chain.name:
+            if type(config["stages"]) is not int or not 0 <= config["stages"] <= MAX_STAGES:
+                raise InvalidTypeError(f"stages is {config['stages']!r}")
             stages = [folder / str(i) for i in range(config["stages"])]
             return Chain([from_pretrained(stage, device=device, dtype=dtype) for stage in stages])
         sizes = tuple(config["from_size"]), tuple(config["to_size"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / storage.CONFIG_FILE} does not describe a {name}: {error}") from error
+        raise InvalidValueError(f"{folder / storage.CONFIG_FILE} does not describe a {name}: {error}") from error
     return Resized(from_pretrained(folder / "resolver", device=device, dtype=dtype), *sizes)
 
 
 def _adapter(name: str) -> Adapter:
     if name not in ADAPTERS:
-        raise ValueError(f"there is no super-resolver {name!r}; there are {', '.join(ADAPTERS)}")
+        raise InvalidValueError(f"there is no super-resolver {name!r}; there are {', '.join(ADAPTERS)}")
     return ADAPTERS[name]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from wavedp.errors import InvalidValueError
 from wavedp.superres.base import SuperResolver, check_positive
 from wavedp.superres.chain import Chain, Resized
 from wavedp.superres.registry import load
@@ -37,7 +38,7 @@ def to_size(
     source, target = _pair(from_size), _pair(to_size)
     factor = Fraction(target[0], source[0])
     if factor < 1 or Fraction(target[1], source[1]) != factor:
-        raise ValueError(f"super-resolution enlarges at a fixed aspect ratio; {source} to {target} does not")
+        raise InvalidValueError(f"super-resolution enlarges at a fixed aspect ratio; {source} to {target} does not")
     stages = _stages(spec, factor, options)
     chain = stages[0] if len(stages) == 1 else Chain(stages)
     if chain.scale == factor:
@@ -63,12 +64,12 @@ def _stages(spec: Stage | Sequence[Stage], factor: Fraction, options: dict[str, 
         return []
     items = _items(spec)
     if not items:
-        raise ValueError("name at least one super-resolver")
+        raise InvalidValueError("name at least one super-resolver")
     if items == ["bicubic"] and factor.denominator != 1:
         return []
     unshared = sorted(set(options) - {"device", "dtype"})
     if unshared and len(items) > 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"{', '.join(unshared)} cannot be shared by {len(items)} models; load them first and pass them"
         )
     models = [_Model(item, options) for item in items]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from wavedp.errors import InvalidValueError
 from wavedp.superres.base import BatchedSuperResolver, State, check_scale
 from wavedp.superres.hub import fetch, import_extra, location
 
@@ -30,7 +31,7 @@ class Swin2sr(BatchedSuperResolver):
     ) -> None:
         config = model.config
         if config.upscale < 2:
-            raise ValueError(
+            raise InvalidValueError(
                 f"this Swin2SR restores at the same size (upscale={config.upscale}); take one that enlarges"
             )
         super().__init__(
@@ -55,14 +56,14 @@ class Swin2sr(BatchedSuperResolver):
         transformers = import_extra("transformers", cls.name)
         if pipeline is None:
             if path is None and scale not in (None, *DEFAULT_PATHS):
-                raise ValueError(f"swin2sr enlarges x2 or x4, not x{scale}; to_size chains to a wanted size")
+                raise InvalidValueError(f"swin2sr enlarges x2 or x4, not x{scale}; to_size chains to a wanted size")
             path = path or DEFAULT_PATHS[scale or 4]
             loader = transformers.Swin2SRForImageSuperResolution.from_pretrained
             revision = {"revision": options["revision"]} if options.get("revision") else {}
             pipeline = fetch(loader, path, needed_by=cls.name, **revision)
             device, dtype = device or "cpu", dtype or torch.float32
         elif path is not None:
-            raise ValueError(f"{cls.name}: give path= or pipeline=, not both")
+            raise InvalidValueError(f"{cls.name}: give path= or pipeline=, not both")
         resolver = cls(pipeline, path=path, device=device, dtype=dtype, **options)
         check_scale(cls.name, scale, resolver.scale)
         return resolver

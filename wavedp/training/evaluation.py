@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wavedp.errors import InvalidValueError
+
 MAX_SIDE = 32
 """Larger images are area-averaged to this side first: the classifier's cost does not grow with them."""
 
@@ -164,11 +166,11 @@ def _fit_and_predict(
     _check("training", train_images, train_labels, num_classes)
     _check("test", test_images, test_labels, num_classes)
     if train_images.shape[1:] != test_images.shape[1:]:
-        raise ValueError(
+        raise InvalidValueError(
             f"training images are {list(train_images.shape[1:])}, test images {list(test_images.shape[1:])}"
         )
     if epochs < 1 or batch_size < 2:
-        raise ValueError(f"epochs must be >= 1 and batch_size >= 2, got {epochs} and {batch_size}")
+        raise InvalidValueError(f"epochs must be >= 1 and batch_size >= 2, got {epochs} and {batch_size}")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         images, tests = (_bounded(part.to(device)) for part in (train_images, test_images))
@@ -205,18 +207,18 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequ
 
 def _check(which: str, images: Tensor, labels: Tensor, num_classes: int) -> None:
     if images.dim() != 4 or not images.is_floating_point() or min(images.shape[-2:]) < 8:
-        raise ValueError(
+        raise InvalidValueError(
             f"{which} images must be float [N, C, S, S] with S >= 8, got {images.dtype} {list(images.shape)}"
         )
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64 or not len(labels):
-        raise ValueError(
+        raise InvalidValueError(
             f"{which} labels must be int64 [{len(images)}], N >= 1, got {labels.dtype} {list(labels.shape)}"
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
-        raise ValueError(f"{which} labels span {low}..{high}, not 0..{num_classes - 1}")
+        raise InvalidValueError(f"{which} labels span {low}..{high}, not 0..{num_classes - 1}")
     if not 0 <= float(images.min()) <= float(images.max()) <= 1:
-        raise ValueError(f"{which} images must lie in [0, 1], they span {images.min():g}..{images.max():g}")
+        raise InvalidValueError(f"{which} images must lie in [0, 1], they span {images.min():g}..{images.max():g}")
 
 
 def _bounded(images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ with the batches that an uninterrupted one would have seen.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wavedp.storage import load_folder, save_folder
+from wavedp.errors import InvalidValueError, StateError
+from wavedp.privacy.validation import check_integer, check_real
+from wavedp.training.checkpoints import load_newest, save_generation
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.runs import CsvLog
 
@@ -37,10 +40,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+            check_integer(name, getattr(self, name), at_least=1)
+        check_real("learning_rate", self.learning_rate, above=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -116,7 +117,7 @@ def train_step(
     torch.manual_seed(generator.initial_seed() ^ 0x5DEE_CE66)
     losses = batch_losses(generator)
     if not torch.isfinite(losses["loss"]):
-        raise RuntimeError(f"the loss is not finite at step {step}; lower the learning rate or look at the data")
+        raise StateError(f"the loss is not finite at step {step}; lower the learning rate or look at the data")
     optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()
     nn.utils.clip_grad_norm_(model.parameters(), config.gradient_norm)
@@ -125,25 +126,33 @@ def train_step(
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Weights, optimizer state and the number of finished steps, as safetensors and JSON."""
+    """Weights, optimizer state and the number of finished steps, as the next generation in ``folder``."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     scalars, states = optimizer_tensors(optimizer)
     tensors |= {f"optimizer.{k}": v for k, v in states.items()}
-    save_folder(folder, {"step": step, "optimizer": scalars}, tensors)
+    save_generation(folder, {"step": step, "optimizer": scalars}, tensors)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restores `save_checkpoint`; returns the number of finished steps, 0 when there is no checkpoint."""
-    if not (folder / "config.json").exists():
+    """Restores `save_checkpoint`; returns the number of finished steps, 0 when there is no checkpoint.
+
+    Warns of generations that were damaged and skipped.
+    """
+    found = load_newest(folder)
+    if found is None:
         return 0
-    config, tensors = load_folder(folder)
+    for sentence in found.skipped:
+        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+    config, tensors = found.config, found.tensors
     try:
         model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         states = {k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")}
         restore_optimizer(optimizer, config["optimizer"], states)
         return int(config["step"])
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the checkpoint in {folder} does not fit this model ({error}); use another folder") from error
+        raise InvalidValueError(
+            f"the checkpoint in {folder} does not fit this model ({error}); use another folder"
+        ) from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
+from wavedp.errors import InvalidValueError
 from wavedp.extras import import_extra
 
 if TYPE_CHECKING:
@@ -99,10 +100,10 @@ def save_curves(
     canvas = import_extra("matplotlib.backends.backend_agg", "demo")
     Figure = import_extra("matplotlib.figure", "demo").Figure
     if not series:
-        raise ValueError("save_curves needs at least one series")
+        raise InvalidValueError("save_curves needs at least one series")
     for name, (xs, ys) in series.items():
         if len(xs) != len(ys):
-            raise ValueError(f"series {name!r} has {len(xs)} x values and {len(ys)} y values")
+            raise InvalidValueError(f"series {name!r} has {len(xs)} x values and {len(ys)} y values")
     figure = Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
     canvas.FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -119,19 +120,21 @@ def save_curves(
 def _check_rows(rows: Sequence[Row], cell: int, column_labels: Sequence[str] | None) -> int:
     """The number of columns."""
     if not rows:
-        raise ValueError("save_grid needs at least one row")
+        raise InvalidValueError("save_grid needs at least one row")
     if cell < 4:
-        raise ValueError(f"cell must be at least 4 pixels, got {cell}")
+        raise InvalidValueError(f"cell must be at least 4 pixels, got {cell}")
     for label, images in rows:
         if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
-            raise ValueError(
+            raise InvalidValueError(
                 f"row {label!r}: images must be float [n, 1 or 3, h, w], got {images.dtype} {list(images.shape)}"
             )
         if images.numel() and not -1e-3 <= float(images.min()) <= float(images.max()) <= 1 + 1e-3:
-            raise ValueError(f"row {label!r}: images must lie in [0, 1], they span {images.min():g}..{images.max():g}")
+            raise InvalidValueError(
+                f"row {label!r}: images must lie in [0, 1], they span {images.min():g}..{images.max():g}"
+            )
     columns = max(len(images) for _, images in rows)
     if column_labels is not None and len(column_labels) > columns:
-        raise ValueError(f"{len(column_labels)} column labels for {columns} columns")
+        raise InvalidValueError(f"{len(column_labels)} column labels for {columns} columns")
     return columns
 
 

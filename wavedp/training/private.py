@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The private stage: DP-Adam fine-tuning of the autoregressive model on coarse tokens. All of epsilon is spent here."""
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from wavedp.data import ImageDataset
+from wavedp.errors import InvalidValueError, StateError
 from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, check_compatible, save_model
+from wavedp.optim import DPAdam
 from wavedp.privacy import (
     PoissonSampler,
     PrivacyLedger,
@@ -24,7 +26,9 @@ from wavedp.privacy import (
 )
 from wavedp.privacy.histogram import HISTOGRAM_FILE
 from wavedp.privacy.spec import LABEL_HISTOGRAM
-from wavedp.storage import load_folder, save_folder, write_bytes
+from wavedp.privacy.validation import check_integer, check_real
+from wavedp.storage import make_folder, write_bytes
+from wavedp.training.checkpoints import load_newest, save_generation
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.loop import optimizer_tensors, restore_optimizer
 from wavedp.training.public import tokenize
@@ -34,6 +38,14 @@ ASSUMPTIONS = (
     "The list of classes is public.",
     "This covers this run alone; other runs on the same images, restarts in another folder included, add to it.",
 )
+
+
+SHARED_ASSUMPTIONS = (
+    "The list of classes is public.",
+    "The ledger holds every run on these images; others add to it.",
+)
+OPTIMIZER_STATE = frozenset({"step", "exp_avg", "exp_avg_sq", "average", "average_step"})
+"""What a checkpoint may hold of an optimizer."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +59,10 @@ class PrivateTrainingConfig:
     save_every: int = 10  # steps; a crash loses the paid steps since the last checkpoint
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if self.physical_batch_size < 1 or self.save_every < 1:
-            raise ValueError("physical_batch_size and save_every must be at least 1")
+        check_real("learning_rate", self.learning_rate, above=0.0)
+        check_real("ema_decay", self.ema_decay, at_least=0.0, below=1.0)
+        for name in ("physical_batch_size", "save_every"):
+            check_integer(name, getattr(self, name), at_least=1)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,15 +77,17 @@ def finetune_private(
     folder: Path,
     *,
     assumptions: Sequence[str] = (),
+    ledger: PrivacyLedger | None = None,
     progress: bool = True,
 ) -> PrivacyStatement:
     """Fine-tunes ``model`` in place on the coarse tokens of ``dataset`` under ``spec``; returns the statement.
 
     Only the model's ``num_scales`` coarsest scales are ever computed from the images. Writes ``log.csv`` (whose losses
-    are NOT private), ``ledger.jsonl``, ``checkpoint/``, ``model/`` (the averaged weights), ``privacy.json`` and
-    ``privacy.txt`` in ``folder``, and ``label_histogram.json`` where ``spec`` charges one, released before the first
-    step. A run that Ctrl-C stopped leaves all of them, and the same call continues it; steps
-    that were charged and lost in a crash stay charged, and the statement says how many.
+    are NOT private), ``ledger.jsonl`` (unless ``ledger`` is given, as where runs share a budget; it stays open),
+    ``checkpoint/``, ``model/`` (the averaged weights), ``privacy.json`` and ``privacy.txt`` in ``folder``, and
+    ``label_histogram.json`` where ``spec`` charges one, released before the first step. A run that Ctrl-C stopped
+    leaves all of them, and the same call continues it; steps that were charged and lost in a crash stay charged, and
+    the statement says how many.
 
     Raises ValueError when data, tokenizer, model and specification do not fit, before anything is charged.
     """
@@ -84,18 +96,19 @@ def finetune_private(
     tokens, labels = tokenize(tokenizer, dataset, model.config.num_scales), dataset.labels
     freeze_all_but(model, config.trainable)
     model.zero_grad(set_to_none=True)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
-    average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    folder.mkdir(parents=True, exist_ok=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = DPAdam(trained, lr=config.learning_rate, ema_decay=config.ema_decay)
+    make_folder(folder)
 
     from tqdm import tqdm
 
-    with PrivacyLedger(folder / "ledger.jsonl", spec) as ledger:
+    with contextlib.nullcontext(ledger) if ledger else PrivacyLedger(folder / "ledger.jsonl", spec) as ledger:
+        ledger.check_spec(spec)
         lost_labels = _release_labels(dataset, spec, ledger, folder / HISTOGRAM_FILE)
-        released = load_private_checkpoint(folder / "checkpoint", model, optimizer, average, ledger)
+        released, skipped = load_private_checkpoint(folder / "checkpoint", model, optimizer, ledger)
         start = ledger.charged
         sampler = PoissonSampler.for_spec(spec, len(dataset), steps=ledger.remaining)
-        log = CsvLog(folder / "log.csv", ("step", "loss_not_private"), resume_before=start)
+        log = CsvLog(folder / "log.csv", ("step", "loss_not_private"), resume_before=start, private=True)
         bar = tqdm(total=spec.steps, initial=start, desc="finetune", unit="step", disable=not progress)
         model.train()
         with (
@@ -103,6 +116,7 @@ def finetune_private(
             PrivateOptimizer(model, optimizer, spec, sampler=sampler, ledger=ledger, reserve_steps=1) as private,
             DeferredInterrupt() as interrupt,
         ):
+            whole = True  # the weights are those after a step, not inside one
             try:
                 for step, indices in enumerate(sampler, start=start):
                     total = 0.0
@@ -110,11 +124,11 @@ def finetune_private(
                         losses = model.loss(tokens[chunk].to(device), labels[chunk].to(device))
                         private.backward(losses, records=chunk)
                         total += float(losses.detach().sum())
+                    whole = False
                     private.step()
-                    released += 1
-                    update_average(average, model, config.ema_decay, released)
+                    released, whole = released + 1, True
                     if released % config.save_every == 0:
-                        save_private_checkpoint(folder / "checkpoint", model, optimizer, average, released, ledger)
+                        save_private_checkpoint(folder / "checkpoint", model, optimizer, released, ledger)
                     log.append(step=step, loss_not_private=total / max(len(indices), 1))
                     bar.update()
                     if interrupt.requested:
@@ -122,13 +136,15 @@ def finetune_private(
             finally:
                 # Whatever stopped the run, the steps that were paid for are kept.
                 model.eval()
-                if released:
-                    save_private_checkpoint(folder / "checkpoint", model, optimizer, average, released, ledger)
+                if released and whole:
+                    save_private_checkpoint(folder / "checkpoint", model, optimizer, released, ledger)
             if not released:
-                raise RuntimeError(
+                raise StateError(
                     f"all {ledger.charged} charged steps were lost before a checkpoint; there is no fine-tuned model"
                 )
-            statement = PrivacyStatement.from_run(private, assumptions=[*ASSUMPTIONS, *assumptions])
+            covered = ASSUMPTIONS if ledger.budget is None else SHARED_ASSUMPTIONS
+            statement = PrivacyStatement.from_run(private, assumptions=[*covered, *assumptions])
+            statement = replace(statement, warnings=(*statement.warnings, *skipped))
             if released < ledger.charged:
                 lost = f"{ledger.charged - released} charged steps are not in the model: a crash lost them."
                 statement = replace(statement, warnings=(*statement.warnings, lost))
@@ -136,11 +152,10 @@ def finetune_private(
                 statement = replace(statement, warnings=(*statement.warnings, lost_labels))
             private.close()
             with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if name in average:
-                        parameter.copy_(average[name])
+                for parameter in trained:
+                    parameter.copy_(optimizer.state[parameter]["average"])
             model.config = replace(model.config, privately_trained=True)
-            save_model(model, folder / "model")
+            export_model(model, folder / "model")
             write_statement(statement, folder)
     return statement
 
@@ -161,22 +176,22 @@ def _check_inputs(
 ) -> None:
     check_compatible(tokenizer, model.config)
     if model.config.privately_trained:
-        raise ValueError(
+        raise InvalidValueError(
             "this model was already fine-tuned on sensitive images, and a new budget would not cover that; start from "
             "the public model that 'wavedp pretrain' wrote"
         )
     if len(dataset.classes) != model.config.num_classes:
-        raise ValueError(
+        raise InvalidValueError(
             f"{dataset.name} has {len(dataset.classes)} classes, the model {model.config.num_classes}; pre-train on "
             "the same classes"
         )
     if model.config.class_names and dataset.classes != model.config.class_names:
-        raise ValueError(
+        raise InvalidValueError(
             f"the classes of {dataset.name}, {list(dataset.classes)}, are not the model's, "
             f"{list(model.config.class_names)}; name them alike and in the same order (--classes)"
         )
     if not math.isfinite(spec.epsilon()):
-        raise ValueError(f"noise_multiplier={spec.noise_multiplier:g} gives no finite epsilon; raise it")
+        raise InvalidValueError(f"noise_multiplier={spec.noise_multiplier:g} gives no finite epsilon; raise it")
 
 
 def write_statement(statement: PrivacyStatement, folder: Path) -> None:
@@ -190,65 +205,88 @@ def freeze_all_but(model: torch.nn.Module, pattern: str) -> None:
     try:
         wanted = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"trainable={pattern!r} is not a regular expression: {error}") from error
+        raise InvalidValueError(f"trainable={pattern!r} is not a regular expression: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted.match(name) is not None)
     if not any(p.requires_grad for p in model.parameters()):
         names = ", ".join(name for name, _ in list(model.named_parameters())[:4])
-        raise ValueError(f"trainable={pattern!r} matches no parameter; names look like {names}")
+        raise InvalidValueError(f"trainable={pattern!r} matches no parameter; names look like {names}")
 
 
-@torch.no_grad()
-def update_average(average: dict[str, Tensor], model: torch.nn.Module, decay: float, count: int) -> None:
-    """Exponential moving average of released weights, post-processing; ``count`` steps in, the first weigh fairly."""
-    weight = 1.0 - min(decay, count / (count + 10))
-    for name, parameter in model.named_parameters():
-        if name in average:
-            average[name].lerp_(parameter.detach(), weight)
+def export_model(model: AutoregressiveTransformer, folder: Path) -> None:
+    """Writes what may be published: the tensors that a model of this configuration consists of, and no others.
+
+    Raises ValueError where the model has others, such as buffers that were put into it; nothing is written.
+    """
+    with torch.device("meta"):
+        allowed = AutoregressiveTransformer(model.config).state_dict()
+    shapes, expected = ({k: v.shape for k, v in t.items()} for t in (model.state_dict(), allowed))
+    other = sorted(k for k in {*shapes, *expected} if shapes.get(k) != expected.get(k))
+    if other:
+        raise InvalidValueError(
+            f"not published: {other[:5]} of the model are not what its configuration says; remove them"
+        )
+    save_model(model, folder)
 
 
 def save_private_checkpoint(
     folder: Path,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
     released: int,
     ledger: PrivacyLedger,
 ) -> None:
-    """Weights, their average, and Adam's moments: all of it post-processing of released steps, none of it secret."""
+    """Weights, Adam's moments, and the weights' average among them: all of it post-processing of released steps,
+    none of it secret. An optimizer that holds anything else is refused with a ValueError."""
     scalars, states = optimizer_tensors(optimizer)
+    other = {key.split(".", 1)[1] for key in [*scalars, *states]} - OPTIMIZER_STATE
+    if other:
+        raise InvalidValueError(f"the optimizer's state {sorted(other)} is not known to stem from released steps")
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in average.items()}
     tensors |= {f"optimizer.{k}": v for k, v in states.items()}
-    save_folder(folder, {"released": released, "ledger_head": ledger.head, "optimizer": scalars}, tensors)
+    config = {
+        "released": released,
+        "run": ledger.run,
+        "ledger_head": ledger.head,
+        "ledger_lines": ledger.lines,
+        "optimizer": scalars,
+    }
+    save_generation(folder, config, tensors)
 
 
 def load_private_checkpoint(
     folder: Path,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
     ledger: PrivacyLedger,
-) -> int:
-    """Restores `save_private_checkpoint`; returns how many released steps the weights hold, 0 without a checkpoint.
+) -> tuple[int, tuple[str, ...]]:
+    """Restores the newest intact `save_private_checkpoint`; returns how many released steps the weights hold, 0 without
+    a checkpoint, and a sentence for each newer one that was damaged.
 
     Raises ValueError when the checkpoint's spending is not in ``ledger``: it belongs to another run, or the ledger was
-    replaced by an older one.
+    replaced by an older one or continued from a copy.
     """
-    if not (folder / "config.json").exists():
-        return 0
-    config, tensors = load_folder(folder)
+    found = load_newest(folder)
+    if found is None:
+        return 0, ()
+    config, tensors = found.config, found.tensors
     try:
-        if not ledger.contains(config["ledger_head"]):
-            raise ValueError(f"its spending is not in {ledger.path}")
+        released = int(config["released"])
+        if "ledger_lines" not in config and not ledger.contains(config["ledger_head"]):
+            raise InvalidValueError(f"its spending is not in {ledger.path}")
+        if "ledger_lines" in config:
+            ledger.check_history(config["ledger_head"], config["ledger_lines"])
+        if config.get("run", "") != ledger.run or released > ledger.charged:
+            raise InvalidValueError(
+                f"it holds {released} steps of the run {config.get('run', '')!r}, and {ledger.path} charged "
+                f"{ledger.charged} to {ledger.run!r}"
+            )
         model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        restored = {k[8:]: v for k, v in tensors.items() if k.startswith("average.")}
-        if restored.keys() != average.keys():
-            raise ValueError("it trained other parameters")
-        for name, value in restored.items():
-            average[name].copy_(value)
         states = {k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")}
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        if {key for key in states if key.endswith(".average")} != {f"{i}.average" for i in range(count)}:
+            raise InvalidValueError("it trained other parameters, or was written by an earlier version")
         restore_optimizer(optimizer, config["optimizer"], states)
-        return int(config["released"])
+        return released, found.skipped
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the checkpoint in {folder} does not fit this run: {error}") from error
+        raise InvalidValueError(f"the checkpoint in {found.path} does not fit this run: {error}") from error

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wavedp.data import ImageDataset, to_unit_range
+from wavedp.errors import InvalidValueError
 from wavedp.functional import coarse
 from wavedp.models import (
     AutoregressiveConfig,
@@ -79,7 +80,9 @@ def tokenize(tokenizer: SpectralTokenizer, dataset: ImageDataset, num_scales: in
     on that record only.
     """
     if tokenizer.training:
-        raise ValueError("the tokenizer is in training mode, where encoding changes its codebook; call .eval() first")
+        raise InvalidValueError(
+            "the tokenizer is in training mode, where encoding changes its codebook; call .eval() first"
+        )
     layout = tokenizer.layout
     skipped = layout.num_scales - num_scales  # levels whose details are never computed
     device = tokenizer.coefficient_mean.device
@@ -138,4 +141,4 @@ def fit_and_save(
 
 def _need_images(dataset: ImageDataset, what: str) -> None:
     if len(dataset) == 0:
-        raise ValueError(f"{what} needs at least one image, and {dataset.name} has none")
+        raise InvalidValueError(f"{what} needs at least one image, and {dataset.name} has none")

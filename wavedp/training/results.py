@@ -34,7 +34,8 @@ def save_images(folder: Path, images: Tensor, labels: Tensor, classes: Sequence[
 
 def folder_names(classes: Sequence[str]) -> list[str]:
     """One safe, distinct folder name for each class."""
-    names = [re.sub(r"[^\w\-. ]", "_", name).strip(". ") for name in classes]
+    # 60 characters: a name of a file system has at most 255 bytes, and a character up to four
+    names = [re.sub(r"[^\w\-. ]", "_", name)[:60].strip(". ") for name in classes]
     if len({name.casefold() for name in names}) < len(names) or not all(names):
         names = [f"{label}_{name}" for label, name in enumerate(names)]
     return names

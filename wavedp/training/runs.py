@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wavedp.errors import BadFileError, InvalidValueError
 from wavedp.storage import CONFIG_FILE, read_json, write_bytes, write_json
 
 RUN_FILE = "run.json"
@@ -26,18 +27,20 @@ class RunFolder:
         stored = self.path / RUN_FILE
         if stored.exists():
             previous = read_json(stored)
+            if not isinstance(previous, dict):
+                raise BadFileError(f"{stored} is no record of a run: it was damaged; use another folder")
             changed = sorted(key for key in {*previous, *self.config} if previous.get(key) != self.config.get(key))
             if "command" in changed:
-                raise ValueError(
+                raise InvalidValueError(
                     f"{self.path} belongs to a run of 'wavedp {previous.get('command')}'; use another folder"
                 )
             if changed and not overwrite:
-                raise ValueError(
+                raise InvalidValueError(
                     f"{self.path} was started with other settings ({', '.join(changed)} differ); use another folder, "
                     "or repeat the settings to resume"
                 )
         elif (self.path / CONFIG_FILE).exists():
-            raise ValueError(f"{self.path} holds a saved model; use another folder for the run")
+            raise InvalidValueError(f"{self.path} holds a saved model; use another folder for the run")
         write_json(stored, self.config)
 
     def __truediv__(self, name: str) -> Path:
@@ -45,9 +48,12 @@ class RunFolder:
 
 
 class CsvLog:
-    """Appends rows to a CSV file, flushed one by one; a resumed run drops the rows it is about to repeat."""
+    """Appends rows to a CSV file, flushed one by one; a resumed run drops the rows it is about to repeat.
 
-    def __init__(self, path: Path, columns: tuple[str, ...], *, resume_before: int = 0) -> None:
+    ``private``: only the file's owner may read it.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...], *, resume_before: int = 0, private: bool = False) -> None:
         self.path = path
         self.columns = columns
         kept = [row for row in read_log(path) if int(row["step"]) < resume_before] if path.exists() else []
@@ -55,7 +61,7 @@ class CsvLog:
         writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(kept)
-        write_bytes(path, text.getvalue().encode())
+        write_bytes(path, text.getvalue().encode(), private=private)
 
     def append(self, **row: float | int) -> None:
         values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}

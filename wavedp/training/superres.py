@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wavedp.errors import InvalidValueError
 from wavedp.functional import coarse
 from wavedp.superres.base import check_images
 from wavedp.superres.espcn import Espcn, EspcnConfig, EspcnResolver
@@ -74,11 +75,13 @@ def train_espcn(
     channels = _image(images, 0).shape[0]
     config = config or EspcnConfig(scale=scale, channels=channels)
     if config.scale != scale:
-        raise ValueError(f"config is for x{config.scale}, but scale is {scale}")
+        raise InvalidValueError(f"config is for x{config.scale}, but scale is {scale}")
     if config.channels != channels:
-        raise ValueError(f"config is for {config.channels} channels, but the images have {channels}")
+        raise InvalidValueError(f"config is for {config.channels} channels, but the images have {channels}")
     if not (input_noise_std >= 0 and input_blur_std >= 0):
-        raise ValueError(f"input_noise_std and input_blur_std are >= 0, not {input_noise_std} and {input_blur_std}")
+        raise InvalidValueError(
+            f"input_noise_std and input_blur_std are >= 0, not {input_noise_std} and {input_blur_std}"
+        )
     patch = _patch_size(images, scale, patch_size)
     degrade(torch.zeros(1, channels, patch, patch), scale, degradation)
 
@@ -122,16 +125,18 @@ def train_espcn(
 def degrade(images: Tensor, scale: int, degradation: str) -> Tensor:
     """``[B, C, H, W]`` to ``[B, C, H / scale, W / scale]`` in [0, 1]; `train_espcn` says how."""
     if images.shape[2] % scale or images.shape[3] % scale:
-        raise ValueError(f"images of {tuple(images.shape[2:])} do not divide by the scale {scale}")
+        raise InvalidValueError(f"images of {tuple(images.shape[2:])} do not divide by the scale {scale}")
     if degradation == "haar":
         level = scale.bit_length() - 1
         if scale != 1 << level:
-            raise ValueError(f"degradation 'haar' needs a scale that is a power of two, not {scale}; take 'bicubic'")
+            raise InvalidValueError(
+                f"degradation 'haar' needs a scale that is a power of two, not {scale}; take 'bicubic'"
+            )
         return (coarse(images, level) / scale).clamp(0, 1)
     if degradation == "bicubic":
         size = (images.shape[2] // scale, images.shape[3] // scale)
         return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-    raise ValueError(f"degradation is one of {DEGRADATIONS}, not {degradation!r}")
+    raise InvalidValueError(f"degradation is one of {DEGRADATIONS}, not {degradation!r}")
 
 
 def perturb(images: Tensor, blur_std: float, noise_std: float, generator: torch.Generator) -> Tensor:
@@ -166,7 +171,7 @@ def draw_patches(images: ImageSource | Tensor, count: int, size: int, generator:
     for index in torch.randint(len(images), (count,), generator=generator).tolist():
         image = _image(images, index)
         if min(image.shape[1:]) < size:
-            raise ValueError(
+            raise InvalidValueError(
                 f"image {index} is {list(image.shape)}, smaller than the patches of {size}; lower patch_size"
             )
         top = int(torch.randint(image.shape[1] - size + 1, (), generator=generator))
@@ -180,16 +185,16 @@ def draw_patches(images: ImageSource | Tensor, count: int, size: int, generator:
 
 def _image(images: ImageSource | Tensor, index: int) -> Tensor:
     if len(images) == 0:
-        raise ValueError("there are no images to train on")
+        raise InvalidValueError("there are no images to train on")
     return images[index] if isinstance(images, Tensor) else images[index][0]
 
 
 def _patch_size(images: ImageSource | Tensor, scale: int, wanted: int | None) -> int:
     if wanted is not None:
         if wanted < scale or wanted % scale:
-            raise ValueError(f"patch_size is a positive multiple of the scale {scale}, not {wanted}")
+            raise InvalidValueError(f"patch_size is a positive multiple of the scale {scale}, not {wanted}")
         return wanted
     smallest = min(_image(images, 0).shape[1:])
     if smallest < scale:
-        raise ValueError(f"images of {smallest} pixels are too small for x{scale}")
+        raise InvalidValueError(f"images of {smallest} pixels are too small for x{scale}")
     return min(smallest, LARGEST_DEFAULT_PATCH) // scale * scale
