@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 # layer: the layers it may import, lazily or not. Arrows point right and down; a layer may skip to anything
 # further along, except past `ops`, which alone chooses between kernels, the native library and the reference.
 #
-#   cli -> {training, audit, benchmarks}
+#   cli -> {training, audit, selftest, benchmarks}
 #   audit -> {training, models, privacy}
+#   selftest (planted bugs and their detectors) -> privacy and what is below it
 #   training -> {data, models, superres, privacy} -> functional -> ops -> {kernels, native, reference}
 #   pipeline -> {models, superres}
 #   compat (other libraries' names) -> functional
@@ -27,9 +28,10 @@ PARTS = {"data", "models", "superres", "privacy", "storage", "extras"}
 ARROWS: dict[str, set[str]] = {
     "wavedp": {"functional", "ops", "pipeline", "compat", "optim"} | PARTS,  # the public face, wavedp/__init__.py
     "__main__": {"cli"},
-    "cli": {"wavedp", "training", "pipeline", "functional", "benchmarks", "audit"} | PARTS,
+    "cli": {"wavedp", "training", "pipeline", "functional", "benchmarks", "audit", "selftest"} | PARTS,
     # puts canaries through the private step of a run that training left
     "audit": {"training", "models", "privacy", "optim", "storage", "extras"},
+    "selftest": {"functional", "optim", "private_step", "ops", "privacy", "storage"},
     # measures what lies under functional too, and training steps of the pipeline's models
     "benchmarks": {"wavedp", "functional", "optim", "ops", "reference", "kernels", "privacy", "models"},
     "training": {"wavedp", "pipeline", "functional", "optim"} | PARTS,

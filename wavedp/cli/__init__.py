@@ -25,6 +25,7 @@ COMMANDS = {
     "account": "epsilon for a noise multiplier, noise for an epsilon, or steps for an epsilon",
     "audit": "how large epsilon is at least, by canaries through the private step of a run",
     "noise-law": "test the law of the noise on many draws",
+    "selftest": "plant known privacy bugs into this package, one at a time, and show that its checks catch them",
     "precision-test": "look for what the last bits of a noisy sum tell, here and in Opacus",
 }
 
