@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A patch discriminator: for every overlapping patch, is it of a photograph or of a reconstruction?"""
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -21,7 +23,7 @@ class PatchDiscriminator(nn.Module):
         check_sizes(self, "channels", "image_size", "width")
         halvings = max(1, min(3, image_size.bit_length() - 3))
         sizes = [channels, *(width * 2**i for i in range(halvings))]
-        strided = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(sizes, sizes[1:])]
+        strided = [nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(sizes)]
         last = [nn.Conv2d(sizes[-1], sizes[-1], 3, padding=1), nn.Conv2d(sizes[-1], 1, 3, padding=1)]
         self.layers = nn.ModuleList(spectral_norm(layer) for layer in (*strided, *last))
 

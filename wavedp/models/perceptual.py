@@ -32,8 +32,8 @@ class PerceptualDistance(nn.Module):
     std: Tensor
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        """``weights``: ``features.<n>.weight`` and ``.bias`` for VGG-16's thirteen convolutions, as torchvision and timm
-        name them, the prefix being optional; others (the classifier) are ignored. Any numbers of channels will do.
+        """``weights``: ``features.<n>.weight`` and ``.bias`` for VGG-16's thirteen convolutions, as torchvision and
+        timm name them, the prefix being optional; others (the classifier) are ignored. Any numbers of channels will do.
 
         Raises ValueError naming a tensor that is missing or does not fit.
         """
@@ -92,8 +92,8 @@ class PerceptualDistance(nn.Module):
 def load_perceptual(source: str | Path, device: torch.device | str = "cpu") -> PerceptualDistance:
     """The distance in a VGG-16 from a safetensors file, or from ``hub:OWNER/NAME`` (its ``model.safetensors``).
 
-    ``hub:timm/vgg16.tv_in1k`` names torchvision's ImageNet weights; it is downloaded once by huggingface_hub. A ``.pth``
-    file is a pickle and is not opened; the error has the line that converts it.
+    ``hub:timm/vgg16.tv_in1k`` names torchvision's ImageNet weights; huggingface_hub downloads it once. A ``.pth`` file
+    is a pickle and is not opened; the error has the line that converts it.
 
     Raises FileNotFoundError, ValueError for a file that is not safe or not VGG-16, ImportError without huggingface_hub.
     """
@@ -107,7 +107,7 @@ def load_perceptual(source: str | Path, device: torch.device | str = "cpu") -> P
     if path.suffix in (".pth", ".pt"):
         raise BadFileError(
             f"{path} is a pickle by its name, which is never opened; convert it once: python -c 'import torch, "
-            f"safetensors.torch as s; s.save_file(torch.load(\"{path.name}\", weights_only=True), \"vgg16.safetensors\")'"
+            f'safetensors.torch as s; s.save_file(torch.load("{path.name}", weights_only=True), "vgg16.safetensors")\''
         )
     try:
         return PerceptualDistance(read_tensors(path.read_bytes(), path)).to(device)

@@ -15,6 +15,7 @@ from wavedp.models.spectra import image_to_maps, image_to_tokens, num_scales_of,
 from wavedp.models.tokenizer_config import SpectralTokenizerConfig
 from wavedp.models.transformer import SpectralBlock, scale_causal_mask
 
+
 class TokenizerOutput(NamedTuple):
     """What a training step needs: ``images`` [B, C, r, r], ``tokens`` [B, T], scalar losses."""
 

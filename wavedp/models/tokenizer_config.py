@@ -2,7 +2,7 @@
 """Sizes of a spectral tokenizer, and the named ones: the paper's (arXiv 2412.09607) and small ones."""
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from wavedp.errors import InvalidTypeError, InvalidValueError
@@ -13,7 +13,6 @@ CAUSAL_SIDES = ("none", "encoder", "decoder", "both")
 QUANTIZERS = ("vq", "fsq")
 FSQ_LEVELS = (8, 6, 5)  # 240 codes, the recommendation of arXiv 2309.15505, table 1, for about 2^8
 MAX_FSQ_DIMENSIONS = 16
-# Fields that came after the first saved models; at their defaults they are no part of a fingerprint.
 _LATER = ("decoder_width", "decoder_heads", "quantizer", "approximation_levels", "detail_levels")
 
 
@@ -84,13 +83,14 @@ class SpectralTokenizerConfig:
         return self.decoder_width or self.width, self.decoder_heads or self.heads
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields by name; those that came after the first saved models are left out at their defaults, so that
+        what needs none of them is written, and fingerprinted, as it always was."""
+        later = {f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) == f.default}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in later}
 
     def identity(self) -> str:
-        """Every field, as text; a field that came later is left out at its default, so that a configuration of an
-        earlier version keeps its text."""
-        shown = [f for f in fields(self) if f.name not in _LATER or getattr(self, f.name) != f.default]
-        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+        """`to_dict` as text, part of the fingerprint of a tokenizer."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
     def _given(self, name: str) -> bool:
         return getattr(self, name) is not None
