@@ -2,6 +2,7 @@
 """Vectors to codes: a learned codebook, or the grid of finite scalar quantisation."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ class VectorQuantizer(Quantizer):
 
     def forward(self, hidden: Tensor) -> Quantized:
         z = self.reduce(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):  # in half precision many codes would be equally near
+        with _full_precision(hidden.device.type):  # in half precision many codes would be equally near
             z = F.normalize(z.to(self.codebook.dtype), dim=-1)
             if self.training:
                 self._revive(z.detach().flatten(0, -2))
@@ -123,7 +124,7 @@ class FiniteScalarQuantizer(Quantizer):
 
     def forward(self, hidden: Tensor) -> Quantized:
         z = self.reduce(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _full_precision(hidden.device.type):
             z = torch.tanh(z.to(self.usage.dtype))
             # digit = round((z + 1) / 2 * (levels - 1)), in 0 .. levels - 1
             digits = ((z.detach() + 1) * 0.5 * (self.levels - 1)).nan_to_num(0.0).round().long()
@@ -141,3 +142,9 @@ class FiniteScalarQuantizer(Quantizer):
 
     def _grid(self, digits: Tensor) -> Tensor:
         return 2.0 * digits.to(self.usage.dtype) / (self.levels - 1) - 1.0
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[object]:
+    """No autocast inside, on devices that have one."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
