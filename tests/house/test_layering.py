@@ -80,6 +80,7 @@ LAZY = {
     "datasets": {"data"},
     "diffusers": {"superres"},
     "transformers": {"superres"},
+    "huggingface_hub": {"models"},  # the weights of a perceptual network
     "accelerate": {"superres"},
 }
 

@@ -113,7 +113,7 @@ def test_what_is_no_vgg_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="never opened; convert it once: python -c"):
         load_perceptual(tmp_path / "vgg16-397923af.pth")
     (tmp_path / "vgg16-397923af.pth").rename(tmp_path / "renamed.safetensors")
-    with pytest.raises(ValueError, match="a zip archive, as torch.save writes"):
+    with pytest.raises(ValueError, match=r"a zip archive, as torch\.save writes"):
         load_perceptual(tmp_path / "renamed.safetensors")
     short = {name: value for name, value in vgg().items() if name != "features.28.bias"}
     safetensors.torch.save_file(short, tmp_path / "short.safetensors")

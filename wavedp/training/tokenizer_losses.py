@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from wavedp.errors import InvalidValueError
 from wavedp.models import SpectralTokenizer
@@ -63,7 +63,7 @@ class Adversary:
     column = "discriminator"
 
     def __init__(self, module: PatchDiscriminator, config: TokenizerLossConfig) -> None:
-        self.module = module
+        self.module: nn.Module = module
         self.config = config
         self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
             module.parameters(), lr=config.discriminator_learning_rate, betas=(0.5, 0.9)
