@@ -79,9 +79,6 @@ def add_data(parser: argparse.ArgumentParser, what: str, *, sizes: bool = True, 
     )
     if split:
         group.add_argument("--split", choices=("train", "test", "all"), default="train", help="which part of the data")
-        group.add_argument(
-            "--first", type=positive_int, metavar="N", help="only the first N images of that part (default: all)"
-        )
     group.add_argument("--classes", metavar="A,B,...", help="class names in label order (default: as the data says)")
     group.add_argument("--fit", choices=("crop", "pad"), default="crop", help="how a picture becomes square")
     group.add_argument("--skip-bad", action="store_true", help="skip and count unreadable images instead of stopping")
@@ -102,10 +99,7 @@ def add_data(parser: argparse.ArgumentParser, what: str, *, sizes: bool = True, 
 def open_data(
     arguments: argparse.Namespace, *, image_size: int, channels: int, split: Split | None = None
 ) -> ImageDataset:
-    """Opens ``--data``, all of it or the first images; says how many files were skipped, if any were.
-
-    Raises ValueError where there are fewer images than ``--first`` says.
-    """
+    """Opens ``--data``; says how many files were skipped, if any were."""
     dataset = open_dataset(
         arguments.data,
         image_size=image_size,
@@ -118,12 +112,7 @@ def open_data(
         seed=arguments.seed,
     )
     report_skipped(dataset)
-    first: int | None = getattr(arguments, "first", None)
-    if first is None:
-        return dataset
-    if first > len(dataset):
-        raise InvalidValueError(f"--first {first}: {dataset.name} has {len(dataset)} images")
-    return dataset.subset(range(first))
+    return dataset
 
 
 def report_skipped(dataset: ImageDataset) -> None:

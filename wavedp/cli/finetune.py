@@ -31,11 +31,6 @@ from wavedp.training.private import PrivateTrainingConfig, finetune_private, fre
 from wavedp.training.results import save_log
 from wavedp.training.runs import RunFolder
 
-FIRST = (
-    "The data set is a list of {} images that was cut out of a longer one before; neighbours differ within the list, "
-    "and no later image takes the place of one that is removed."
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_data(parser, "sensitive images", sizes=False)
@@ -185,15 +180,7 @@ def run(arguments: argparse.Namespace) -> None:
         dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
         folder = RunFolder(arguments.out, shared.settings(arguments))
         statement = finetune_private(
-            dataset,
-            tokenizer,
-            model,
-            spec,
-            config,
-            folder.path,
-            assumptions=() if arguments.first is None else (FIRST.format(arguments.first),),
-            ledger=ledger,
-            progress=not arguments.no_progress,
+            dataset, tokenizer, model, spec, config, folder.path, ledger=ledger, progress=not arguments.no_progress
         )
     show_samples(tokenizer, model, dataset.classes, folder, seed=arguments.seed)
     save_log(
