@@ -316,7 +316,9 @@ def test_a_second_name_of_a_layer_is_the_same_layer() -> None:
     def both(model: nn.Module, x: Tensor) -> Tensor:
         return losses_of(model, x) + model.second(torch.tanh(model.first(x))).sum(1)  # type: ignore[operator]
 
-    bench.optimizer.backward(losses_of(bench.model, bench.x) + bench.model.again(torch.tanh(bench.model.first(bench.x))).sum(1))
+    bench.optimizer.backward(
+        losses_of(bench.model, bench.x) + bench.model.again(torch.tanh(bench.model.first(bench.x))).sum(1)
+    )
     bench.optimizer.step()
     rows: dict[str, list[Tensor]] = {name: [] for name, p in net().named_parameters() if p.requires_grad}
     subject = net()

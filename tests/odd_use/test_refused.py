@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bench import Bench, Net, inputs, losses_of, net, specification
+from bench import Bench, losses_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from wavedp import PrivacyEngine, optim
 from wavedp.errors import WavedpError
-from wavedp.privacy import PoissonSampler, PrivacySpec, PrivateOptimizer
 
 
 def closure(b: Bench) -> None:
