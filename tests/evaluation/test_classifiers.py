@@ -68,7 +68,9 @@ def test_recipes_are_the_benchmarks() -> None:
     assert {(r.optimizer, r.learning_rate, r.batch_size, r.epochs, r.ema_decay) for r in mnist} == {
         ("adam", 0.01, 256, 50, 0.9999)
     }
-    assert [_rate(mnist[0], 215 * epoch, 215) for epoch in (0, 19, 20, 49)] == pytest.approx([0.01, 0.01, 0.002, 0.0004])
+    assert [_rate(mnist[0], 215 * epoch, 215) for epoch in (0, 19, 20, 49)] == pytest.approx(
+        [0.01, 0.01, 0.002, 0.0004]
+    )
     cifar = dpimagebench_recipes("cifar")
     assert {(r.optimizer, r.learning_rate, r.batch_size, r.epochs) for r in cifar} == {("sgd", 0.1, 126, 200)}
     rates = [_rate(QUICK, step, 100) for step in range(100 * QUICK.epochs)]

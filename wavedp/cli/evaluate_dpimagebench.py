@@ -2,6 +2,7 @@
 """``wavedp evaluate --protocol dpimagebench``."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     else:
         trained_on, labels = "real", "of the real training split"
         train, validation = real, held_out
+    given = load_feature_network(arguments.features, device) if arguments.features else None
+    inception = load_inception_features(arguments.inception, device) if arguments.inception else None
     folder = RunFolder(arguments.out, shared.settings(arguments), overwrite=True)
     common: dict[str, Any] = {"device": device, "progress": not arguments.no_progress}
     results = run_classifiers(
@@ -110,7 +113,14 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     write_json(folder / "metrics.json", metrics)
     if not arguments.no_distances:
         shown = test if arguments.reference else joined(train, validation)
-        metrics["distances"] = distances(arguments, folder, real, held_out, shown, test_set, common)
+        network = given or train_feature_network(
+            real, held_out, num_classes=len(test_set.classes), folder=folder / "features",
+            recipe=recipes[0] if arguments.quick else QUICK, **common,
+        )  # fmt: skip
+        of = "synthetic images" if arguments.reference is None else "real test images"
+        metrics["distances"] = {"of": of, "to": "the real training split"} | distances(
+            network, inception, folder, real, held_out, shown, test_set.classes, progress=common["progress"]
+        )
         write_json(folder / "metrics.json", metrics)
     report(metrics, folder)
 
@@ -154,49 +164,29 @@ def joined(*parts: LabelledImages) -> LabelledImages:
 
 
 def distances(
-    arguments: argparse.Namespace,
+    network: FeatureNetwork,
+    inception: FeatureNetwork | None,
     folder: RunFolder,
     real: LabelledImages,
     held_out: LabelledImages,
     shown: LabelledImages,
-    data: ImageDataset,
-    common: dict[str, Any],
+    classes: Sequence[str],
+    *,
+    progress: bool,
 ) -> dict[str, Any]:
-    """Distances of ``shown`` from the real training split, and neighbours.png. ``shown`` are the synthetic images, or the
-    real test images for the ceiling."""
-    network = feature_network(arguments, folder, real, held_out, len(data.classes), common)
-    progress = common["progress"]
+    """Distances of ``shown`` from the real training split, and neighbours.png. ``shown`` are the synthetic images, or
+    the real test images for the ceiling."""
     x, held, y = (network.features(part.images, progress=progress) for part in (real, held_out, shown))
-    found = compare(network.name, x, y)
     values: dict[str, Any] = {
-        "of": "synthetic images" if arguments.reference is None else "real test images",
-        "to": "the real training split",
         "feature_network_accuracy": network.accuracy,
-        "in_trained_features": found,
+        "in_trained_features": compare(network.name, x, y),
         **copying(x, held, y),
     }
-    draw_neighbours(folder / "neighbours.png", find_neighbours(x, y, shown.labels), real.images, shown, data.classes)
-    if arguments.inception is not None:
-        inception = load_inception_features(arguments.inception, common["device"])
+    draw_neighbours(folder / "neighbours.png", find_neighbours(x, y, shown.labels), real.images, shown, classes)
+    if inception is not None:
         vectors = [inception.features(part.images, batch_size=64, progress=progress) for part in (real, shown)]
         values["in_inception_features"] = compare(inception.name, *vectors)
     return values
-
-
-def feature_network(
-    arguments: argparse.Namespace,
-    folder: RunFolder,
-    real: LabelledImages,
-    held_out: LabelledImages,
-    num_classes: int,
-    common: dict[str, Any],
-) -> FeatureNetwork:
-    if arguments.features is not None:
-        return load_feature_network(arguments.features, common["device"])
-    recipe = QUICK if arguments.epochs is None or not arguments.quick else replace(QUICK, epochs=arguments.epochs)
-    return train_feature_network(
-        real, held_out, num_classes=num_classes, folder=folder / "features", recipe=recipe, **common
-    )
 
 
 def report(metrics: dict[str, Any], folder: RunFolder) -> None:
