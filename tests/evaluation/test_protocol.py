@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import stat
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from wavedp.cli import EXIT_ERROR, main
+from wavedp.cli import arguments as shared
 from wavedp.cli import evaluate_dpimagebench as command
 from wavedp.data import TensorImageDataset
 from wavedp.evaluation import (
@@ -218,6 +220,21 @@ def test_splits_have_the_benchmarks_sizes() -> None:
     assert protocol_delta(145_064) == pytest.approx(5.80e-7, abs=1e-9)
     with pytest.raises(ValueError, match="at least 24"):
         real_split(dataset.subset(range(23)))
+
+
+def test_hold_out_leaves_out_what_the_protocol_holds_out(data: Path) -> None:
+    arguments = argparse.Namespace(
+        data=str(data), split="train", fit="crop", skip_bad=False, classes=None, num_generated=1, seed=0, hold_out=10
+    )
+    kept = shared.open_data(arguments, image_size=8, channels=1)
+    arguments.hold_out = None
+    everything = shared.open_data(arguments, image_size=8, channels=1)
+    train, held_out = real_split(everything)
+    assert torch.equal(kept.images, train.images)
+    assert len(held_out) == 10
+    arguments.hold_out = 120
+    with pytest.raises(ValueError, match="--hold-out 120 leaves nothing of the 120 images"):
+        shared.open_data(arguments, image_size=8, channels=1)
 
 
 def test_mean_deviation_and_maxima() -> None:

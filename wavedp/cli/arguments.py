@@ -75,7 +75,7 @@ def add_data(parser: argparse.ArgumentParser, what: str, *, sizes: bool = True, 
         required=True,
         metavar="SOURCE",
         help=f"{what}: 'digits', 'glyphs', 'silhouettes', an image folder with class sub-folders, a folder of IDX "
-        "files (.gz too), or a .zip",
+        "files (.gz too), a .npz, or a .zip",
     )
     if split:
         group.add_argument(

@@ -96,7 +96,7 @@ def resnext(
             path = nn.Sequential(
                 *_convolution(inputs, inner, 1),
                 *_convolution(inner, inner, 3, stride=stride if k == 0 else 1, groups=cardinality),
-                *_convolution(inner, outputs, 1)[:2],
+                *_normalised(inner, outputs, 1),
             )
             layers.append(_Residual(path, inputs, outputs, stride, k == 0))
             inputs = outputs
@@ -155,7 +155,7 @@ class _Residual(nn.Module):
         super().__init__()
         self.path = path
         changes = first and (stride != 1 or inputs != outputs)
-        self.shortcut = _convolution(inputs, outputs, 1, stride=stride)[:2] if changes else nn.Identity()
+        self.shortcut = _normalised(inputs, outputs, 1, stride=stride) if changes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.path(x) + self.shortcut(x))
@@ -187,16 +187,21 @@ def _average() -> nn.Sequential:
 def _basic(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         *_convolution(inputs, outputs, 3, stride=stride),
-        *_convolution(outputs, outputs, 3)[:2],
+        *_normalised(outputs, outputs, 3),
     )
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> nn.Sequential:
     """Convolution, batch norm, ReLU."""
+    layers = _normalised(inputs, outputs, kernel, stride=stride, groups=groups)
+    return nn.Sequential(*layers, nn.ReLU(inplace=True))
+
+
+def _normalised(inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """Convolution and batch norm."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
     )
 
 

@@ -217,9 +217,9 @@ def write_results(path: Path, protocol: str, results: Sequence[ClassifierResult]
 
 
 def label_source(folder: Path) -> str:
-    """How the labels of a folder of 'wavedp sample' were chosen, by its run.json; "unknown" for other folders."""
+    """How the labels of a folder of 'wavedp sample', or of its images/, were chosen; "unknown" for other folders."""
     try:
-        settings = read_json(folder / "run.json")
+        settings = read_json((folder.parent if folder.name == "images" else folder) / "run.json")
     except (OSError, ValueError):
         return "unknown"
     if not isinstance(settings, dict) or settings.get("command") != "sample" or "labels" not in settings:
