@@ -58,8 +58,8 @@ class LabelledImages:
     def fingerprint(self) -> str:
         """SHA-256 of pixels and labels, so that a resumed run notices other images."""
         digest = hashlib.sha256(json.dumps(list(self.images.shape)).encode())
-        digest.update(memoryview(self.images.contiguous().numpy()))
-        digest.update(memoryview(self.labels.contiguous().numpy()))
+        digest.update(self.images.contiguous().numpy().tobytes())
+        digest.update(self.labels.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
