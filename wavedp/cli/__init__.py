@@ -13,6 +13,7 @@ from wavedp.data.picture_file import printable
 # command -> one line of help; the module is wavedp.cli.<command>, with _ for -
 COMMANDS = {
     "demo": "the whole method on handwritten digits: minutes on a CPU, needs nothing",
+    "recipe": "run all stages of a recipe file, from public and private images to an evaluation",
     "tokenizer": "train a spectral image tokenizer on public images",
     "pretrain": "train the autoregressive model on public images",
     "finetune": "fine-tune the autoregressive model on sensitive images with differential privacy",
