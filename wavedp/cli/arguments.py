@@ -12,6 +12,7 @@ from wavedp.data import ImageDataset, open_dataset
 from wavedp.data.catalog import Split
 from wavedp.errors import InvalidValueError
 from wavedp.extras import import_extra
+from wavedp.models import TextEmbeddings
 from wavedp.training.loop import TrainingConfig
 
 Number = TypeVar("Number", int, float)
@@ -113,6 +114,17 @@ def open_data(
     )
     report_skipped(dataset)
     return dataset
+
+
+def add_text(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--text", type=Path, metavar="FILE",
+        help="text embeddings, as TextEmbeddings.save writes them: a row for each image, in the data's order",
+    )  # fmt: skip
+
+
+def open_text(arguments: argparse.Namespace) -> TextEmbeddings | None:
+    return None if arguments.text is None else TextEmbeddings.load(arguments.text)
 
 
 def report_skipped(dataset: ImageDataset) -> None:

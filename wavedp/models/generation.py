@@ -9,7 +9,7 @@ product with the query, which grows with the sequence by copying; and nothing el
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -279,8 +279,10 @@ class CompiledSteps:
     One is kept for each model, that of the last batch size; the weights are read anew at the start of every call.
     """
 
-    kept: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], CompiledSteps]]" = weakref.WeakKeyDictionary()
-    functions: dict[str, Callable[..., Tensor]] = {}  # noqa: RUF012 - shared on purpose: a compiled function a device
+    kept: ClassVar["weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], CompiledSteps]]"] = (
+        weakref.WeakKeyDictionary()
+    )
+    functions: ClassVar[dict[str, Callable[..., Tensor]]] = {}  # by kind of device
 
     def __init__(self, model: "AutoregressiveTransformer", shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.slots, self.length, self.dtype = shape[3], shape[3] - model.config.text_length, dtype

@@ -73,7 +73,9 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, targets
     ]
     names = [name for name in [*there, *linear] if wanted.fullmatch(name)]
     if not names:
-        raise InvalidValueError(f"{targets!r} for LoRA matches no linear layer; names look like {', '.join(linear[:4])}")
+        raise InvalidValueError(
+            f"{targets!r} for LoRA matches no linear layer; names look like {', '.join(linear[:4])}"
+        )
     if there and (set(there) != set(names) or any((m.rank, m.alpha) != (rank, alpha) for m in there.values())):
         raise InvalidValueError("the model has other LoRA adapters already: merge them first")
     model.requires_grad_(False)
