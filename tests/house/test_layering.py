@@ -81,7 +81,7 @@ LAZY = {
     "HersheyFonts": {"data"},
     "datasets": {"data"},
     "diffusers": {"superres"},
-    "transformers": {"superres"},
+    "transformers": {"superres", "models", "benchmarks"},  # T5 encoders; its GPT-2 beside our sampling
     "accelerate": {"superres"},
 }
 

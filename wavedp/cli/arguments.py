@@ -12,6 +12,7 @@ from wavedp.data import ImageDataset, open_dataset
 from wavedp.data.catalog import Split
 from wavedp.errors import InvalidValueError
 from wavedp.extras import import_extra
+from wavedp.models import TextEmbeddings
 from wavedp.training.loop import TrainingConfig
 
 Number = TypeVar("Number", int, float)
@@ -124,6 +125,17 @@ def open_data(
     if held_out >= len(dataset):
         raise InvalidValueError(f"--hold-out {held_out} leaves nothing of the {len(dataset)} images of {dataset.name}")
     return dataset.subset(torch.arange(len(dataset) - held_out))
+
+
+def add_text(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--text", type=Path, metavar="FILE",
+        help="text embeddings, as TextEmbeddings.save writes them: a row for each image, in the data's order",
+    )  # fmt: skip
+
+
+def open_text(arguments: argparse.Namespace) -> TextEmbeddings | None:
+    return None if arguments.text is None else TextEmbeddings.load(arguments.text)
 
 
 def report_skipped(dataset: ImageDataset) -> None:

@@ -37,11 +37,16 @@ class TrainingConfig:
     seed: int = 0
     save_every: int = 500  # steps
     log_every: int = 25  # steps
+    ema_decay: float = 0.0  # of an average of the weights that becomes the model; 0: the last weights
+    autocast: str = "float32"  # arithmetic of the forward; "bfloat16": products in it, where torch.autocast says so
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "log_every"):
             check_integer(name, getattr(self, name), at_least=1)
         check_real("learning_rate", self.learning_rate, above=0.0)
+        check_real("ema_decay", self.ema_decay, at_least=0.0, below=1.0)
+        if self.autocast not in ("float32", "bfloat16"):
+            raise InvalidValueError(f"autocast must be float32 or bfloat16, got {self.autocast!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,8 +78,11 @@ def fit(
     hand is finished and the checkpoint written before KeyboardInterrupt goes on.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    start = load_checkpoint(folder / "checkpoint", model, optimizer)
+    average = WeightAverage(model, config.ema_decay) if config.ema_decay > 0 else None
+    start = load_checkpoint(folder / "checkpoint", model, optimizer, average)
     if start >= config.steps:
+        if average is not None:
+            average.copy_to(model)
         model.eval()
         return
     from tqdm import tqdm
@@ -87,6 +95,8 @@ def fit(
         with bar, DeferredInterrupt() as interrupt:
             for step in range(start, config.steps):
                 losses = train_step(model, optimizer, batch_losses, config, step)
+                if average is not None:
+                    average.update(model, step)
                 last = step + 1 == config.steps or interrupt.requested
                 if step % config.log_every == 0 or last:
                     values = {k: float(v) for k, v in losses.items()}
@@ -95,10 +105,12 @@ def fit(
                     bar.set_postfix({k: f"{v:.4f}" for k, v in values.items()}, refresh=False)
                 bar.update()
                 if (step + 1) % config.save_every == 0 or last:
-                    save_checkpoint(folder / "checkpoint", model, optimizer, step + 1)
+                    save_checkpoint(folder / "checkpoint", model, optimizer, step + 1, average)
                 if last:  # not what was requested meanwhile, with nothing saved
                     break
     finally:
+        if average is not None:
+            average.copy_to(model)
         model.eval()
         torch.set_rng_state(outside)
 
@@ -115,7 +127,9 @@ def train_step(
     generator = step_generator(config.seed, step)
     # Dropout and code revival draw from the global generator, which must not repeat the batch's draws.
     torch.manual_seed(generator.initial_seed() ^ 0x5DEE_CE66)
-    losses = batch_losses(generator)
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=config.autocast == "bfloat16"):
+        losses = batch_losses(generator)
     if not torch.isfinite(losses["loss"]):
         raise StateError(f"the loss is not finite at step {step}; lower the learning rate or look at the data")
     optimizer.zero_grad(set_to_none=True)
@@ -125,15 +139,48 @@ def train_step(
     return {k: v.detach() for k, v in losses.items()}
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+class WeightAverage:
+    """An exponential average of a model's parameters. The first steps count less, as min(decay, (1 + t) / (10 + t)),
+    so that the start is forgotten; buffers are not averaged."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """After ``step``, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in model.named_parameters():
+            self.values[name].lerp_(p, 1.0 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            p.copy_(self.values[name])
+
+    def restore(self, values: dict[str, Tensor]) -> None:
+        if set(values) != set(self.values):
+            raise InvalidValueError("it holds no average of these weights; ema_decay was 0, or the model another")
+        for name, value in values.items():
+            self.values[name].copy_(value)
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, average: WeightAverage | None = None
+) -> None:
     """Weights, optimizer state and the number of finished steps, as the next generation in ``folder``."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     scalars, states = optimizer_tensors(optimizer)
     tensors |= {f"optimizer.{k}": v for k, v in states.items()}
+    if average is not None:
+        tensors |= {f"average.{k}": v for k, v in average.values.items()}
     save_generation(folder, {"step": step, "optimizer": scalars}, tensors)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None
+) -> int:
     """Restores `save_checkpoint`; returns the number of finished steps, 0 when there is no checkpoint.
 
     Warns of generations that were damaged and skipped.
@@ -148,6 +195,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         states = {k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")}
         restore_optimizer(optimizer, config["optimizer"], states)
+        if average is not None:
+            average.restore({k[8:]: v for k, v in tensors.items() if k.startswith("average.")})
         return int(config["step"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise InvalidValueError(
