@@ -67,6 +67,7 @@ EAGER_IN = {"kernels": {"torch", "numpy", "triton"}, "benchmarks": {"torch", "nu
 # Third-party packages that may be imported inside a function, and by which layers.
 LAZY = {
     "triton": {"ops", "benchmarks"},
+    "tomli": {"cli"},
     "tqdm": {"cli", "training", "data", "privacy", "superres", "models", "pipeline", "evaluation"},
     "dp_accounting": {"privacy"},
     "scipy": {"privacy", "data", "training", "audit"},
