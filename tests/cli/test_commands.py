@@ -153,7 +153,7 @@ def test_only_chosen_parameters_are_fine_tuned(trained: Path, pictures: Path, tm
 def test_models_with_options_are_trained_and_sampled(trained: Path, pictures: Path, tmp_path: Path):
     common = ["--data", pictures, "--tokenizer", trained / "tok"]
     model = ["--width", 16, "--depth", 1, "--heads", 2, "--steps", 4, "--scales", 2, "--per-scale-heads"]
-    model += ["--position", "rotary", "--ema-decay", 0.9, "--autocast", "bfloat16"]
+    model += ["--position", "rotary", "--ema-decay", 0.9, "--precision", "bfloat16"]
     assert run("pretrain", *common, *model, "--out", tmp_path / "pre") == 0
     before = load_autoregressive(tmp_path / "pre" / "model")
     assert (before.config.position, before.config.per_scale_heads) == ("rotary", True)

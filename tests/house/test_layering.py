@@ -83,6 +83,7 @@ LAZY = {
     "datasets": {"data"},
     "diffusers": {"superres"},
     "transformers": {"superres", "models", "benchmarks"},  # T5 encoders; its GPT-2 beside our sampling
+    "huggingface_hub": {"models"},  # the weights of a perceptual network
     "accelerate": {"superres"},
 }
 

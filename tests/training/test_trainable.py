@@ -164,14 +164,14 @@ def test_images_and_their_texts_are_one_record(
         assert ledger.remaining == 0
 
 
-@pytest.mark.parametrize("autocast", ["float32", "bfloat16"])
-def test_public_training_learns_what_the_text_says(tokenizer: SpectralTokenizer, tmp_path: Path, autocast: str):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_public_training_learns_what_the_text_says(tokenizer: SpectralTokenizer, tmp_path: Path, precision: str):
     """One image of two kinds, told apart by the text alone: the loss with the right text is the lower one."""
     images = torch.stack([torch.zeros(1, 16, 16), torch.full((1, 16, 16), 255)]).to(torch.uint8)
     dataset = TensorImageDataset(images, torch.zeros(2, dtype=torch.int64), classes=("a", "b"), name="two")
     text = TextEmbeddings(torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]]]))
     config = make_model(text_width=2, text_length=1, num_scales=1, depth=1).config
-    training = TrainingConfig(steps=60, batch_size=8, learning_rate=2e-2, warmup_steps=1, autocast=autocast)
+    training = TrainingConfig(steps=60, batch_size=8, learning_rate=2e-2, warmup_steps=1, precision=precision)
     model = pretrain_autoregressive(dataset, tokenizer, config, training, tmp_path, text=text, progress=False)
     tokens = tokenizer.encode(images.float() / 255)[:, :4]
     assert not torch.equal(tokens[0], tokens[1])

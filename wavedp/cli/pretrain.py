@@ -13,6 +13,7 @@ import torch
 from wavedp.cli import arguments as shared
 from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, load_tokenizer
 from wavedp.models.autoregressive_config import POSITIONS
+from wavedp.training.loop import PRECISIONS
 from wavedp.training.pictures import save_grid
 from wavedp.training.public import autoregressive_config, pretrain_autoregressive
 from wavedp.training.results import save_log
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ema-decay", type=shared.bounded(float, minimum=0, below=1), metavar="X",
         help="write the exponential average of the weights with this decay, such as 0.999 (default: the last weights)",
     )  # fmt: skip
-    group.add_argument("--autocast", choices=("bfloat16",), help="do the products of the forward in bfloat16")
+    group.add_argument("--precision", choices=PRECISIONS, help="of the forward pass; weights stay float32 (float32)")
     shared.add_training(parser, steps=1500, batch_size=128, learning_rate=2e-3)
     shared.add_run(parser)
 
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     training = replace(
         shared.training_config(arguments),
         ema_decay=arguments.ema_decay or 0.0,
-        autocast=arguments.autocast or "float32",
+        precision=arguments.precision or "float32",
     )
     model = pretrain_autoregressive(
         dataset, tokenizer, config, training, folder.path, text=text, device=device, progress=not arguments.no_progress

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public stage: train the tokenizer, then the autoregressive model on its tokens. Public images only."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from wavedp.models import (
     check_compatible,
 )
 from wavedp.models import save_model as save
-from wavedp.training.loop import Losses, TrainingConfig, fit
+from wavedp.models.discriminator import PatchDiscriminator
+from wavedp.models.perceptual import PerceptualDistance
+from wavedp.training.loop import Losses, Opponent, TrainingConfig, fit
+from wavedp.training.tokenizer_losses import Adversary, TokenizerLossConfig, tokenizer_losses
 
 
 def train_tokenizer(
@@ -29,30 +33,44 @@ def train_tokenizer(
     training: TrainingConfig,
     folder: Path,
     *,
+    loss: TokenizerLossConfig | None = None,
+    perceptual: PerceptualDistance | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> SpectralTokenizer:
     """Trains a spectral tokenizer on public images and writes it to ``folder``/model.
 
-    The normalisation constants come from up to 2,000 of these images. Only the full resolution is trained: with
+    The normalisation constants come from up to 2,000 of these images. Only the full resolution is decoded: with
     scale-causal masks a prefix of the scales decodes to the same coefficients as the whole.
+
+    ``loss``: weights of the losses beside L2 and commitment, all off by default. A perceptual weight without
+    ``perceptual``, the network, warns and leaves that loss off. The discriminator is in the checkpoint only.
     """
     _need_images(dataset, "the tokenizer")
+    weights = loss or TokenizerLossConfig()
+    if weights.perceptual and perceptual is None:
+        warnings.warn(
+            f"the perceptual loss is off: it has the weight {weights.perceptual:g} and no network was given",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     torch.manual_seed(training.seed)
     model = SpectralTokenizer(config).to(device)
     sample = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(training.seed))[:2000]
     model.fit_normalisation(to_unit_range(dataset.stack(sample)).to(device))
+    adversary = None
+    if weights.adversarial:
+        torch.manual_seed(training.seed)  # the discriminator's weights, whatever was drawn for the tokenizer's
+        adversary = Adversary(
+            PatchDiscriminator(config.channels, config.image_size, weights.discriminator_width).to(device), weights
+        )
 
     def losses(generator: torch.Generator) -> Losses:
         picks = torch.randint(len(dataset), (training.batch_size,), generator=generator)
-        output = model(to_unit_range(dataset.stack(picks)).to(device))
-        return {
-            "loss": output.loss,
-            "reconstruction": output.reconstruction_loss,
-            "codebook": output.codebook_loss,
-        }
+        images = to_unit_range(dataset.stack(picks)).to(device)
+        return tokenizer_losses(model, images, weights, perceptual, adversary)
 
-    fit_and_save(model, losses, training, folder, title="tokenizer", progress=progress)
+    fit_and_save(model, losses, training, folder, title="tokenizer", progress=progress, opponent=adversary)
     return model
 
 
@@ -163,10 +181,11 @@ def fit_and_save(
     *,
     title: str,
     progress: bool,
+    opponent: Opponent | None = None,
 ) -> None:
     """`fit`, then ``folder``/model; an interrupted run leaves the model as it is, usable and to be continued."""
     try:
-        fit(model, losses, training, folder, title=title, progress=progress)
+        fit(model, losses, training, folder, title=title, progress=progress, opponent=opponent)
     except KeyboardInterrupt:
         save(model, folder / "model")
         raise
