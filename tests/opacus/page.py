@@ -170,7 +170,7 @@ def shuffle_row(steps: int, sigma: float) -> Row:
     return Row(
         "Shuffled batches are charged as if they were Poisson samples",
         f"with `poisson_sampling=False` {percent(theirs.once)} of the records are in one batch of an epoch each; "
-        f"epsilon {theirs.epsilon:.3f} is reported at noise {sigma:g} and {steps:,} steps, and it is at least {true:.2f}",
+        f"epsilon {theirs.epsilon:.3f} is reported at noise {sigma:g} and {steps:,} steps; it is at least {true:.2f}",
         f"a loader with `shuffle=True` gets Poisson batches: {percent(ours.once)} of the records in one batch; epsilon "
         f"{ours.epsilon:.3f}. There is no way to shuffle",
         "[accounting.md](accounting.md#assumptions)",
