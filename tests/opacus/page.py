@@ -34,6 +34,9 @@ Ten things that are wrong, or that one would not expect, in libraries for privat
 |---|---|---|---|---|
 """
 
+NONE = """\
+Of the eight faults, 1 to 4 and 6 to 9, this package shows none; what 5 and 10 say can be done is done in it."""
+
 TAIL = """
 ## What is not as good as it sounds
 
@@ -221,7 +224,7 @@ def rows() -> list[Row]:
 def page(found: list[Row]) -> str:
     lines = [f"| {k} | {row.finding} | {row.theirs} | {row.ours} | {row.more} |" for k, row in enumerate(found, 1)]
     shown = [k for k, row in enumerate(found, 1) if not row.holds]
-    verdict = "This package shows none of the ten." if not shown else f"This package shows {shown}."
+    verdict = f"This package fails in {shown}." if shown else NONE
     return HEAD.format(opacus=version("opacus")) + "\n".join(lines) + f"\n\n{verdict}\n" + TAIL
 
 
