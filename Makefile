@@ -57,7 +57,7 @@ bench: $(VENV)/dev.stamp ## time every op beside its rivals: benchmarks/results,
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/plot.py benchmarks/results/*.csv
 	$(BIN)/python benchmarks/table.py --write README.md --write docs/private_training.md \
-		--write docs/noise.md benchmarks/results/*.csv
+		--write docs/noise.md --write docs/models.md benchmarks/results/*.csv
 	$(BIN)/pytest benchmarks --benchmark-enable
 
 clean: ## remove the environment, the build and the caches; runs/ stays

@@ -16,6 +16,8 @@ MOST = {
     "grid": 2**10,
     "width": 2**16,
     "heads": 2**10,
+    "decoder_width": 2**16,
+    "decoder_heads": 2**10,
     "depth": 2**10,
     "encoder_depth": 2**10,
     "decoder_depth": 2**10,

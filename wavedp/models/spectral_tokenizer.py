@@ -2,59 +2,18 @@
 """Spectral image tokenizer: images <-> discrete tokens, coarse scales first (arXiv 2412.09607)."""
 
 import hashlib
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavedp.errors import InvalidTypeError, InvalidValueError
-from wavedp.models.quantizer import Quantized, VectorQuantizer
-from wavedp.models.sizes import check_real, check_sizes, described
-from wavedp.models.spectra import SpectralLayout, image_to_maps, image_to_tokens, num_scales_of, tokens_to_image
+from wavedp.models.quantizer import FiniteScalarQuantizer, Quantized, Quantizer, VectorQuantizer
+from wavedp.models.sizes import described
+from wavedp.models.spectra import image_to_maps, image_to_tokens, num_scales_of, tokens_to_image
+from wavedp.models.tokenizer_config import SpectralTokenizerConfig
 from wavedp.models.transformer import SpectralBlock, scale_causal_mask
-
-CAUSAL_SIDES = ("none", "encoder", "decoder", "both")
-
-
-@dataclass(frozen=True)
-class SpectralTokenizerConfig:
-    """Sizes of a spectral tokenizer. Tokens per scale are ``grid ** 2``; scales are ``levels + 1``.
-
-    ``causal``: where the scale-causal mask applies. ``"both"`` is the default, because only then do the tokens of a
-    coarse image not depend on detail (encoder) and does a prefix of the scales decode on its own (decoder).
-    """
-
-    image_size: int = 32  # pixels a side
-    channels: int = 1
-    levels: int = 2
-    grid: int = 4
-    width: int = 128
-    encoder_depth: int = 2
-    decoder_depth: int = 3
-    heads: int = 4
-    mlp_ratio: float = 4.0
-    approximation_codes: int = 256
-    detail_codes: int = 256
-    code_dim: int = 8
-    causal: str = "both"
-    commitment_weight: float = 0.25
-
-    def __post_init__(self) -> None:
-        if self.causal not in CAUSAL_SIDES:
-            raise InvalidValueError(f"causal must be one of {CAUSAL_SIDES}, got {self.causal!r}")
-        sizes = ("width", "encoder_depth", "decoder_depth", "heads", "approximation_codes", "detail_codes", "code_dim")
-        check_sizes(self, *sizes)
-        check_real("mlp_ratio", self.mlp_ratio, above=0.0, below=1024.0)
-        check_real("commitment_weight", self.commitment_weight, below=1e6)
-        self.layout()
-
-    def layout(self) -> SpectralLayout:
-        return SpectralLayout(self.image_size, self.channels, self.levels, self.grid)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class TokenizerOutput(NamedTuple):
@@ -86,16 +45,18 @@ class SpectralTokenizer(nn.Module):
         dims = [self.layout.token_dim(s) for s in scales]
         length = self.layout.num_scales * self.layout.tokens_per_scale
         self.embed = nn.ModuleList(nn.Linear(d, config.width) for d in dims)
-        self.unembed = nn.ModuleList(nn.Linear(config.width, d) for d in dims)
+        decoder_width, decoder_heads = config.decoder_sizes()
+        self.unembed = nn.ModuleList(nn.Linear(decoder_width, d) for d in dims)
         self.encoder_position = nn.Parameter(0.02 * torch.randn(length, config.width))
-        self.decoder_position = nn.Parameter(0.02 * torch.randn(length, config.width))
-        block = (config.width, config.heads, config.mlp_ratio)
-        self.encoder = nn.ModuleList(SpectralBlock(*block) for _ in range(config.encoder_depth))
-        self.decoder = nn.ModuleList(SpectralBlock(*block) for _ in range(config.decoder_depth))
+        self.decoder_position = nn.Parameter(0.02 * torch.randn(length, decoder_width))
+        of_encoder = (config.width, config.heads, config.mlp_ratio)
+        of_decoder = (decoder_width, decoder_heads, config.mlp_ratio)
+        self.encoder = nn.ModuleList(SpectralBlock(*of_encoder) for _ in range(config.encoder_depth))
+        self.decoder = nn.ModuleList(SpectralBlock(*of_decoder) for _ in range(config.decoder_depth))
         self.encoder_norm = nn.RMSNorm(config.width)
-        self.decoder_norm = nn.RMSNorm(config.width)
-        self.approximation_quantizer = VectorQuantizer(config.width, config.approximation_codes, config.code_dim)
-        self.detail_quantizer = VectorQuantizer(config.width, config.detail_codes, config.code_dim)
+        self.decoder_norm = nn.RMSNorm(decoder_width)
+        self.approximation_quantizer = _quantizer(config, config.approximation_codes, config.approximation_levels)
+        self.detail_quantizer = _quantizer(config, config.detail_codes, config.detail_levels)
         # Public constants of the normalisation, per scale and coefficient channel; `fit_normalisation` sets them.
         width = max(self.layout.map_channels(s) for s in scales)
         self.register_buffer("coefficient_mean", torch.zeros(self.layout.num_scales, width))
@@ -111,7 +72,7 @@ class SpectralTokenizer(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 of sizes and weights, in hexadecimal: two tokenizers that share it give the same tokens."""
-        digest = hashlib.sha256(repr(self.config).encode())
+        digest = hashlib.sha256(self.config.identity().encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
@@ -206,3 +167,10 @@ class SpectralTokenizer(nn.Module):
             for values in (self.coefficient_mean, self.coefficient_std)
         )
         return mean, std
+
+
+def _quantizer(config: SpectralTokenizerConfig, codes: int, levels: tuple[int, ...]) -> Quantizer:
+    width_out, _ = config.decoder_sizes()
+    if config.quantizer == "fsq":
+        return FiniteScalarQuantizer(config.width, levels, width_out=width_out)
+    return VectorQuantizer(config.width, codes, config.code_dim, width_out=width_out)

@@ -10,18 +10,34 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from wavedp.errors import InvalidValueError, StateError
 from wavedp.privacy.validation import check_integer, check_real
+from wavedp.training.average import WeightAverage
 from wavedp.training.checkpoints import load_newest, save_generation
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.runs import CsvLog
 
 Losses = dict[str, Tensor]
+PRECISIONS = ("float32", "bfloat16")
+
+
+class Opponent(Protocol):
+    """A second network trained in turn with the model, as a discriminator is: each step the model first, then it."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer  # over the module's parameters; its learning rate stays as it is
+    column: str  # of log.csv, for its loss
+
+    def begin(self, step: int) -> None:
+        """Called before the model's losses of ``step`` are asked for."""
+
+    def loss(self) -> Tensor | None:
+        """Its own loss on what the model's step left; None: it rests in this step."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +53,16 @@ class TrainingConfig:
     seed: int = 0
     save_every: int = 500  # steps
     log_every: int = 25  # steps
+    ema_decay: float = 0.0  # of an average of the weights that becomes the model; 0: the last weights
+    precision: str = "float32"  # "bfloat16": the forward pass under autocast; weights and optimizer stay float32
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InvalidValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
         for name in ("steps", "batch_size", "save_every", "log_every"):
             check_integer(name, getattr(self, name), at_least=1)
         check_real("learning_rate", self.learning_rate, above=0.0)
+        check_real("ema_decay", self.ema_decay, at_least=0.0, below=1.0)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,28 +86,37 @@ def fit(
     *,
     title: str,
     progress: bool = True,
+    opponent: Opponent | None = None,
 ) -> None:
     """Trains ``model`` in place for ``config.steps`` steps.
 
     ``batch_losses(generator)`` draws a batch and returns scalars, of which ``"loss"`` is minimised. Writes
     ``log.csv`` and ``checkpoint/`` in ``folder``; continues from that checkpoint if it is there. On Ctrl-C the step in
-    hand is finished and the checkpoint written before KeyboardInterrupt goes on.
+    hand is finished and the checkpoint written before KeyboardInterrupt goes on. An ``opponent`` is trained, logged,
+    saved and resumed with the model.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    start = load_checkpoint(folder / "checkpoint", model, optimizer)
+    average = WeightAverage(model, config.ema_decay) if config.ema_decay > 0 else None
+    start = load_checkpoint(folder / "checkpoint", model, optimizer, opponent, average)
     if start >= config.steps:
+        if average is not None:
+            average.copy_to(model)
         model.eval()
         return
     from tqdm import tqdm
 
     model.train()
+    if opponent is not None:
+        opponent.module.train()
     log: CsvLog | None = None
     outside = torch.get_rng_state()
     bar = tqdm(total=config.steps, initial=start, desc=title, unit="step", disable=not progress, dynamic_ncols=True)
     try:
         with bar, DeferredInterrupt() as interrupt:
             for step in range(start, config.steps):
-                losses = train_step(model, optimizer, batch_losses, config, step)
+                losses = train_step(model, optimizer, batch_losses, config, step, opponent)
+                if average is not None:
+                    average.update(model, step)
                 last = step + 1 == config.steps or interrupt.requested
                 if step % config.log_every == 0 or last:
                     values = {k: float(v) for k, v in losses.items()}
@@ -95,10 +125,12 @@ def fit(
                     bar.set_postfix({k: f"{v:.4f}" for k, v in values.items()}, refresh=False)
                 bar.update()
                 if (step + 1) % config.save_every == 0 or last:
-                    save_checkpoint(folder / "checkpoint", model, optimizer, step + 1)
+                    save_checkpoint(folder / "checkpoint", model, optimizer, step + 1, opponent, average)
                 if last:  # not what was requested meanwhile, with nothing saved
                     break
     finally:
+        if average is not None:
+            average.copy_to(model)
         model.eval()
         torch.set_rng_state(outside)
 
@@ -109,31 +141,69 @@ def train_step(
     batch_losses: Callable[[torch.Generator], Losses],
     config: TrainingConfig,
     step: int,
+    opponent: Opponent | None = None,
 ) -> Losses:
     for group in optimizer.param_groups:
         group["lr"] = config.rate(step)
     generator = step_generator(config.seed, step)
     # Dropout and code revival draw from the global generator, which must not repeat the batch's draws.
     torch.manual_seed(generator.initial_seed() ^ 0x5DEE_CE66)
-    losses = batch_losses(generator)
-    if not torch.isfinite(losses["loss"]):
-        raise StateError(f"the loss is not finite at step {step}; lower the learning rate or look at the data")
-    optimizer.zero_grad(set_to_none=True)
-    losses["loss"].backward()
-    nn.utils.clip_grad_norm_(model.parameters(), config.gradient_norm)
-    optimizer.step()
+    autocast = torch.autocast(
+        next(model.parameters()).device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"
+    )
+    if opponent is not None:
+        opponent.begin(step)
+    with autocast:
+        losses = batch_losses(generator)
+    _descend(losses["loss"], model, optimizer, config, f"the loss is not finite at step {step}")
+    if opponent is not None:
+        with autocast:
+            own = opponent.loss()
+        losses[opponent.column] = losses["loss"].new_zeros(()) if own is None else own
+        if own is not None:
+            what = f"the {opponent.column}'s loss is not finite at step {step}"
+            _descend(own, opponent.module, opponent.optimizer, config, what)
     return {k: v.detach() for k, v in losses.items()}
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _descend(
+    loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainingConfig, complaint: str
+) -> None:
+    if not torch.isfinite(loss):
+        raise StateError(f"{complaint}; lower the learning rate or look at the data")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), config.gradient_norm)
+    optimizer.step()
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    opponent: Opponent | None = None,
+    average: WeightAverage | None = None,
+) -> None:
     """Weights, optimizer state and the number of finished steps, as the next generation in ``folder``."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    scalars, states = optimizer_tensors(optimizer)
-    tensors |= {f"optimizer.{k}": v for k, v in states.items()}
-    save_generation(folder, {"step": step, "optimizer": scalars}, tensors)
+    config: dict[str, Any] = {"step": step}
+    tensors: dict[str, Tensor] = {}
+    for prefix, module, own in _trained(model, optimizer, opponent):
+        tensors |= {f"{prefix}model.{k}": v for k, v in module.state_dict().items()}
+        config[f"{prefix}optimizer"], states = optimizer_tensors(own)
+        tensors |= {f"{prefix}optimizer.{k}": v for k, v in states.items()}
+    if average is not None:
+        tensors |= {f"average.{k}": v for k, v in average.values.items()}
+    save_generation(folder, config, tensors)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    opponent: Opponent | None = None,
+    average: WeightAverage | None = None,
+) -> int:
     """Restores `save_checkpoint`; returns the number of finished steps, 0 when there is no checkpoint.
 
     Warns of generations that were damaged and skipped.
@@ -145,14 +215,29 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     config, tensors = found.config, found.tensors
     try:
-        model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        states = {k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")}
-        restore_optimizer(optimizer, config["optimizer"], states)
+        if opponent is None and "opponent.optimizer" in config:
+            raise InvalidValueError("it has a discriminator, and none is asked for")
+        for prefix, module, own in _trained(model, optimizer, opponent):
+            module.load_state_dict(_under(f"{prefix}model.", tensors))
+            restore_optimizer(own, config[f"{prefix}optimizer"], _under(f"{prefix}optimizer.", tensors))
+        if average is not None:
+            average.restore(_under("average.", tensors))
         return int(config["step"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise InvalidValueError(
             f"the checkpoint in {folder} does not fit this model ({error}); use another folder"
         ) from error
+
+
+def _trained(
+    model: nn.Module, optimizer: torch.optim.Optimizer, opponent: Opponent | None
+) -> list[tuple[str, nn.Module, torch.optim.Optimizer]]:
+    """What a checkpoint holds: (prefix of its names, network, its optimizer)."""
+    return [("", model, optimizer), *([("opponent.", opponent.module, opponent.optimizer)] if opponent else [])]
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
