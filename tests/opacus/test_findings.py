@@ -22,11 +22,11 @@ def cells() -> list[list[str]]:
     return [row.strip("| ").split(" | ") for row in rows]
 
 
-def test_the_page_has_ten_rows_of_which_this_package_shows_none() -> None:
+def test_the_page_has_ten_rows_and_no_fault_of_this_package() -> None:
     text = page.PAGE.read_text(encoding="utf-8")
     assert [row[0] for row in cells()] == [str(k) for k in range(1, 11)]
     assert all(len(row) == 5 for row in cells())
-    assert "\nThis package shows none of the ten.\n" in text
+    assert f"\n{page.NONE}\n" in text
     assert text.endswith(page.TAIL)
     for name in re.findall(r"\]\(([\w/.-]+\.(?:md|txt))", text):
         assert (page.PAGE.parent / name).is_file(), name
