@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "training": {"wavedp", "pipeline", "functional", "optim"} | PARTS,
     "pipeline": {"models", "superres", "storage", "functional"},
     "data": {"storage", "extras", "functional"},
-    "models": {"storage", "extras", "functional"},
+    "models": {"storage", "weights_file", "extras", "functional"},  # text embeddings are a weights file
     "superres": {"storage", "extras", "functional"},
     "privacy": {"storage", "extras", "functional", "optim"},
     "compat": {"functional"},
