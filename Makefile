@@ -10,11 +10,15 @@ SOAK_MINUTES ?= 10
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
 BUILT_FROM := pyproject.toml constraints.txt setup.py $(wildcard csrc/*.* csrc/*/*.*)
+SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all
+SANITIZED := build/sanitize
+SANITIZED_TESTS := tests/sanitize $(filter-out %compile.py %autograd.py %backend.py %triton.py %cuda_step.py %refused.py, \
+	$(wildcard tests/ops/test_wavelet*.py tests/ops/test_noise*.py tests/ops/test_per_sample*.py)) tests/ops/test_small_inputs.py
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test soak lint types bench clean
+.PHONY: help demo test soak sanitize lint types bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -27,6 +31,17 @@ test: $(VENV)/dev.stamp ## run the test-suite, a process a core; needs no networ
 
 soak: $(VENV)/dev.stamp ## kill the demo's private stage at random for SOAK_MINUTES (10) and check what it left
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py --minutes $(SOAK_MINUTES)
+
+# The runtime has to be there before Python is, and libstdc++ beside it, whose exceptions it watches; what Python keeps
+# to its end is no leak. -s: a report comes when the process ends, and would end with what pytest has captured. Of the
+# tests of the ops those that run C++; tests/sanitize is that faults are reported.
+sanitize: $(VENV)/dev.stamp ## the C++ library under AddressSanitizer and UndefinedBehaviorSanitizer (needs g++)
+	CXX=g++ WAVEDP_CXX_FLAGS="$(SANITIZE)" WAVEDP_BUILD_CUDA=0 WAVEDP_BUILD_NATIVE=1 \
+		$(BIN)/python setup.py -q build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/objects
+	CXX="g++ $(SANITIZE)" PYTHONPATH=$(abspath $(SANITIZED))/lib OMP_NUM_THREADS=1 \
+		ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(BIN)/pytest -n auto -s -k "not triton and not opcheck" $(SANITIZED_TESTS) $(PYTEST_FLAGS)
 
 lint: $(VENV)/dev.stamp ## ruff (lint and format) and clang-format
 	$(BIN)/ruff check .

@@ -38,6 +38,19 @@ def test_the_environment_is_made_then_the_command_runs(tmp_path: Path, target: s
     assert last == command.format(bin=f"{tmp_path}/venv/bin")
 
 
+def test_the_sanitized_library_is_built_apart_and_tested(tmp_path: Path) -> None:
+    """It must not end up beside the code, where every other test would load it."""
+    *_, build, test = (line for line in planned("sanitize", tmp_path / "venv") if "fsanitize" in line)
+    assert "-fsanitize=address,undefined" in build
+    assert " build --build-lib build/sanitize/lib " in build
+    assert "--inplace" not in build
+    assert f"PYTHONPATH={ROOT}/build/sanitize/lib " in test
+    assert "libasan.so" in test
+    assert " tests/sanitize " in test
+    for name in ("wavelet", "wavelet_tokens", "noise", "noise_step", "per_sample", "small_inputs"):
+        assert f" tests/ops/test_{name}.py" in test
+
+
 def test_ci_runs_the_readme_command() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)

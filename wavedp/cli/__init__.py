@@ -13,6 +13,7 @@ from wavedp.data.picture_file import printable
 # command -> one line of help; the module is wavedp.cli.<command>, with _ for -
 COMMANDS = {
     "demo": "the whole method on handwritten digits: minutes on a CPU, needs nothing",
+    "recipe": "run all stages of a recipe file, from public and private images to an evaluation",
     "tokenizer": "train a spectral image tokenizer on public images",
     "pretrain": "train the autoregressive model on public images",
     "finetune": "fine-tune the autoregressive model on sensitive images with differential privacy",
@@ -20,6 +21,7 @@ COMMANDS = {
     "sample": "sample coarse images and super-resolve them",
     "upscale": "super-resolve a folder of images",
     "evaluate": "train a classifier on synthetic images and test it on real ones",
+    "ceilings": "what each stage of the method allows on a data set, by one classifier",
     "bench": "time every op beside its rivals and beside a copy of the same bytes",
     "ledger": "what the runs of a privacy ledger have spent, and whether it was forked",
     "account": "epsilon for a noise multiplier, noise for an epsilon, or steps for an epsilon",

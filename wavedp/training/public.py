@@ -123,13 +123,29 @@ def pretrain_autoregressive(
 
     ``text`` has a row for each image, where the model takes text.
     """
-    _need_images(dataset, "the autoregressive model")
-    check_compatible(tokenizer, config)
-    tokens = tokenize(tokenizer, dataset, config.num_scales)
-    labels = dataset.labels
     torch.manual_seed(training.seed)
     model = AutoregressiveTransformer(config).to(device)
+    fit_tokens(model, dataset, tokenizer, training, folder, text=text, progress=progress)
+    return model
+
+
+def fit_tokens(
+    model: AutoregressiveTransformer,
+    dataset: ImageDataset,
+    tokenizer: SpectralTokenizer,
+    training: TrainingConfig,
+    folder: Path,
+    *,
+    text: TextEmbeddings | None = None,
+    progress: bool = True,
+) -> None:
+    """Trains ``model`` in place, without privacy, on the tokens of ``dataset``; otherwise `pretrain_autoregressive`."""
+    _need_images(dataset, "the autoregressive model")
+    check_compatible(tokenizer, model.config)
     check_text(model, text, len(dataset), dataset.name)
+    tokens = tokenize(tokenizer, dataset, model.config.num_scales)
+    labels = dataset.labels
+    device = model.class_embedding.weight.device
 
     def losses(generator: torch.Generator) -> Losses:
         picks = torch.randint(len(tokens), (training.batch_size,), generator=generator)
@@ -137,7 +153,6 @@ def pretrain_autoregressive(
         return {"loss": model.loss(tokens[picks].to(device), labels[picks].to(device), *given).mean()}
 
     fit_and_save(model, losses, training, folder, title="pretrain", progress=progress)
-    return model
 
 
 def fit_and_save(

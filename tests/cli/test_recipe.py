@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`wavedp recipe`: the file, the order of the stages, what is run again and what is not."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from wavedp.cli import main
+from wavedp.cli.recipe_file import Stage, read_recipe
+from wavedp.errors import BadFileError, MissingFileError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+
+SMALL = """
+summary = "digits in seconds"
+[tokenizer]
+data = "glyphs"
+num-generated = 40
+steps = 2
+width = 16
+encoder-depth = 1
+decoder-depth = 1
+heads = 2
+[pretrain]
+data = "glyphs"
+num-generated = 40
+tokenizer = "@tokenizer"
+scales = 1
+steps = 2
+width = 16
+depth = 1
+heads = 2
+[finetune]
+data = "@data"
+tokenizer = "@tokenizer"
+model = "@pretrain"
+epsilon = 8
+delta = 1e-5
+max-records = 2000
+sample-rate = 0.01
+steps = 2
+expected-batch-size = 14
+[sample]
+tokenizer = "@tokenizer"
+model = "@finetune"
+num-images = 20
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_values_become_a_command_line() -> None:
+    options = {
+        "steps": 3,
+        "no-ceiling": True,
+        "skip-bad": False,
+        "budget": [8, 1e-5],
+        "data": "@data",
+        "sr": "@espcn/x",
+    }
+    line = Stage("final", "evaluate", options).arguments(Path("runs"), "there")
+    assert line == [
+        "evaluate",
+        "--steps=3",
+        "--no-ceiling",
+        "--budget",
+        "8",
+        "1e-05",
+        "--data=there",
+        "--sr=runs/espcn/x",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no stage"),
+        ("[tokenizer", "not a recipe in TOML"),
+        ("summary = 3\n[tokenizer]", "summary must be a text"),
+        ("tokenizer = 3", "must be a table"),
+        ('[final]\nsteps = 1', "none of"),
+        ('[demo]', "none of"),
+        ('[tokenizer]\nout = "x"', "sets out"),
+        ('[tokenizer]\nsteps = {a = 1}', "must be a text"),
+        ('[sample]\nmodel = "@finetune"\n[finetune]', "no stage before it"),
+        ('[data]\ncommand = "sample"', "cannot name a stage"),
+        ('["../x"]\ncommand = "sample"', "cannot name a stage"),
+    ],
+)  # fmt: skip
+def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(BadFileError, match=message):
+        read_recipe(write(tmp_path, text))
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="no such recipe"):
+        read_recipe(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_recipes_of_the_project_are_accepted(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recipe", str(path), "--data", "digits", "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed] == [stage.command for stage in read_recipe(path).stages]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_option_is_refused_before_the_first_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write(tmp_path, SMALL.replace("num-images", "number-of-images"))
+    assert main(["recipe", str(recipe), "--data", "digits", "--out", str(tmp_path / "run")]) == 2
+    assert "number-of-images" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_private_data_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", str(write(tmp_path, SMALL)), "--out", str(tmp_path / "run")]) == 2
+    assert "give --data" in capsys.readouterr().err
+
+
+def test_a_recipe_runs_and_finished_stages_are_not_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = write(tmp_path, SMALL), tmp_path / "run"
+    command = ["recipe", str(recipe), "--data", "digits", "--out", str(out), "--no-progress", "--threads", "1"]
+    assert main(command) == 0
+    summary = json.loads((out / "summary.json").read_text())["stages"]
+    assert list(summary) == ["tokenizer", "pretrain", "finetune", "sample"]
+    assert summary["finetune"]["result"] == json.loads((out / "finetune" / "privacy.json").read_text())
+    assert 7.9 < summary["finetune"]["result"]["epsilon"] <= 8
+    assert len(list((out / "sample" / "images").rglob("*.png"))) == 20
+
+    model = out / "finetune" / "model" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    capsys.readouterr()
+    write(tmp_path, SMALL.replace("num-images = 20", "num-images = 10"))
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("finished before") == 3
+    assert "4/4 sample\n" in printed
+    assert model.stat().st_mtime_ns == before
+    assert len(list((out / "sample" / "images").rglob("*.png"))) == 10
+
+
+def test_a_stage_that_fails_is_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = SMALL[: SMALL.index("[pretrain]")]
+    recipe, out = (
+        write(tmp_path, tokenizer + '[upscale]\nimages = "missing"\nfrom-size = 8\nto-size = 16\n'),
+        tmp_path / "run",
+    )
+    command = ["recipe", str(recipe), "--out", str(out), "--no-progress", "--threads", "1"]
+    assert main(command) == 2
+    stages = json.loads((out / "summary.json").read_text())["stages"]
+    assert stages["tokenizer"]["finished"]
+    assert "finished" not in stages["upscale"]
+    assert stages["upscale"]["seconds"] >= 0
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "1/2 tokenizer: finished before" in capsys.readouterr().out
