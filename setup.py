@@ -7,6 +7,7 @@ warning. Environment:
 
 WAVEDP_BUILD_NATIVE  0 leaves both out; 1 makes failing to build _csrc an error
 WAVEDP_BUILD_CUDA    0 leaves _csrc_cuda out; 1 makes failing to build it an error
+WAVEDP_CXX_FLAGS     for compiling and linking _csrc, after the flags that it has, as in "-O1 -fsanitize=address"
 WAVEDP_CUDA_ARCHS    compute capabilities, as in "80;90" (default: 80;90;100 as far as nvcc knows them)
 """
 
@@ -117,14 +118,14 @@ def binding_flags() -> str:
 
 
 def cpu_rules() -> str:
-    compiler = find_compiler()
+    compiler, more = find_compiler(), os.environ.get("WAVEDP_CXX_FLAGS", "")
     x86 = "-DWAVEDP_X86" if "avx2" in ISA_FLAGS else ""
-    steps = [f"cxx = {compiler}\nlinker = {compiler} {SHARED}\n"]
+    steps = [f"cxx = {compiler}\nlinker = {compiler} {SHARED} {more}\n"]
     objects = []
 
     def compile_object(source: str, flags: str, suffix: str = "") -> None:
         objects.append(f"{Path(source).stem}{suffix}.o")
-        steps.append(compile_step(objects[-1], "cxx", source, flags))
+        steps.append(compile_step(objects[-1], "cxx", source, f"{flags} {more}"))
 
     for source in BINDINGS:
         compile_object(source, binding_flags())

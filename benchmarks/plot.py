@@ -48,6 +48,10 @@ LOOKS = {
     "Opacus": ("#8c510a", "^"),
     "Opacus, fused": ("#01665e", "*"),
     "Opacus secure mode": ("#8c510a", "^"),
+    "wavedp, torch.compile": ("#2166ac", "s"),
+    "wavedp, bfloat16": ("#f7a6d0", "o"),
+    "no cache": ("#888888", "x"),
+    "transformers GPT-2": ("#8c510a", "^"),
 }
 OTHER = ("#5ab4ac", "*")
 FLOORS = {
@@ -60,6 +64,7 @@ FLOORS = {
     "Tensor.normal_": "Tensor.normal_",
     "AdamW, no noise": "torch's fused AdamW without noise",
     "SGD, no noise": "torch's fused SGD without noise",
+    "wavedp": "this package's sampling, not compiled",
 }
 
 

@@ -17,6 +17,7 @@ HEADINGS = {
     "Tensor.normal_": "normals into an existing tensor; the floor is Tensor.normal_",
     "AdamW, no noise": "steps from clipped sums; the floor is torch's fused step without noise",
     "SGD, no noise": "steps from clipped sums; the floor is torch's fused step without noise",
+    "wavedp": "sampling; the floor is this package, not compiled",
     "non-private": "training steps; the floor is the step without clipping and noise",
 }
 Row = Mapping[str, str]
@@ -59,6 +60,10 @@ def over_floor(row: Row, floor: Row) -> str:
     return f"{(float(row['median_ms']) - float(floor['median_ms'])) * 1e3:.1f} us"
 
 
+def images_per_second(row: Row, floor: Row) -> str:
+    return f"{int(row['shape']) / float(row['median_ms']) * 1e3:.4g}"
+
+
 def times_as_long_and_memory(row: Row, floor: Row) -> str:
     peak = human_bytes(int(row["peak_bytes"])) if row["peak_bytes"] else "-"
     return f"{1 / float(row['floor_ratio']):.2f} {peak:>10}"
@@ -71,6 +76,7 @@ def passes_and_bytes(row: Row, floor: Row) -> str:
 
 # floor: what stands beside the times, its heading and its value
 COSTS: dict[str, tuple[str, Callable[[Row, Row], str]]] = {
+    "wavedp": ("images/s", images_per_second),
     "torch.mul": ("over torch.mul", over_floor),
     "non-private": ("times as long  peak memory", times_as_long_and_memory),
 }

@@ -29,7 +29,7 @@ from wavedp.benchmarks.registry import Benchmark
 from wavedp.benchmarks.report import Progress, block
 
 HERE = Path(__file__).resolve().parent
-RIVALS = ("ptwt", "pytorch_wavelets", "PyWavelets", "opacus", "fastDP")
+RIVALS = ("ptwt", "pytorch_wavelets", "PyWavelets", "opacus", "fastDP", "transformers")
 Row = dict[str, str]
 
 

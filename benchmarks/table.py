@@ -20,6 +20,7 @@ BEGINNINGS = {  # by suite
     "wavelet": BEGIN,
     "dp": "<!-- benchmarks dp: made by benchmarks/table.py -->",
     "noise": "<!-- benchmarks noise: made by benchmarks/table.py -->",
+    "sampling": "<!-- benchmarks sampling: made by benchmarks/table.py -->",
 }
 UNMEASURED = "Nothing is measured yet: `make bench` fills this in."
 COMPILED, CONVOLUTION = "torch.compile", "F.conv2d"
@@ -40,6 +41,11 @@ STEP_LEGEND = (
 NOISE_LEGEND = (
     "Medians. Passes are sweeps over all elements, MB what they read and write, by formula; the last column is how "
     "many times as long as the case's first line it takes, the median of the ratios within a repeat."
+)
+
+SAMPLING_LEGEND = (
+    "Images a second, by medians; in brackets how many times as many as with all scales by the same provider. On a CPU "
+    "`no cache` is left out at batch 1,024."
 )
 
 
@@ -264,6 +270,42 @@ def noise_cells(row: Row) -> list[str]:
     ]
 
 
+def sampling_markdown(rows: Sequence[Row]) -> str:
+    """For each device a table with a line for each model and number of scales at each batch size."""
+    if not rows:
+        return UNMEASURED
+    lines = [SAMPLING_LEGEND]
+    for device, threads in distinct(rows, "device", "threads"):
+        here = [row for row in rows if (row["device"], row["threads"]) == (device, threads)]
+        names = [name for (name,) in distinct(here, "provider")]
+        lines += ["", f"**{device}**, {about(here)}:", ""]
+        lines += [f"| case | batch | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (len(names) + 2) + "|"]
+        whole: dict[tuple[str, ...], float] = {}  # images a second with all scales: those of the model's last case
+        for row in here:
+            model = row["case"].rpartition("-scales-")[0]
+            whole[model, row["shape"], row["dtype"], row["provider"]] = images_per_second(row)
+        for case, shape, dtype in distinct(here, "case", "shape", "dtype"):
+            by_name = {r["provider"]: r for r in here if (r["case"], r["shape"], r["dtype"]) == (case, shape, dtype)}
+            model = case.rpartition("-scales-")[0]
+            cells = [
+                sampling_cell(by_name[name], whole[model, shape, dtype, name]) if name in by_name else ""
+                for name in names
+            ]
+            lines.append(f"| `{case}` | {shape}{'' if dtype == 'float32' else f' {dtype}'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def images_per_second(row: Row) -> float:
+    return int(row["shape"]) / milliseconds(row) * 1e3
+
+
+def sampling_cell(row: Row, whole: float) -> str:
+    rate = images_per_second(row)
+    shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+    shown = f"**{shown}**" if row["provider"] == OURS else shown
+    return shown if rate == whole else f"{shown} ({rate / whole:.1f})"
+
+
 def replaced(text: str, table: str, suite: str = "wavelet") -> str:
     """``text`` with what stands between the markers of ``suite`` replaced.
 
@@ -280,7 +322,7 @@ def replaced(text: str, table: str, suite: str = "wavelet") -> str:
 def tables(paths: Iterable[Path]) -> dict[str, str]:
     """Every suite's table, of those of the files that are its own, ``<suite>-<device>.csv``."""
     paths = list(paths)
-    makers = {"wavelet": markdown, "dp": private_markdown, "noise": noise_markdown}
+    makers = {"wavelet": markdown, "dp": private_markdown, "noise": noise_markdown, "sampling": sampling_markdown}
     return {
         suite: make(read(path for path in paths if path.name.partition("-")[0] == suite))
         for suite, make in makers.items()

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from wavedp import storage
+from wavedp.errors import BadFileError
+from wavedp.weights_file import read_tensors
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int64)}
 
@@ -99,3 +101,19 @@ def test_what_is_missing_or_foreign_is_named(tmp_path: Path):
 def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path):
     with pytest.raises(ValueError, match="does not fit its own configuration"):
         storage.load_weights(torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, tmp_path)
+
+
+@pytest.mark.parametrize("magic", [0x0280, 0x0380, 0x0480, 0x0580, 0x8B1F])
+def test_a_header_whose_length_reads_as_another_format_is_a_header(tmp_path: Path, magic: int) -> None:
+    """Lengths such as 640 are the first two bytes of a pickle, and 35,615 those of a gzip archive."""
+    entry = b'"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    header = b"{" + entry + b"}" + b" " * (magic - len(entry) - 2)
+    content = magic.to_bytes(8, "little") + header + b"\0" * 8
+    tensors = read_tensors(content, "weights")
+    assert list(tensors) == ["w"]
+    assert torch.equal(tensors["w"], torch.zeros(2))
+
+
+def test_a_pickle_is_refused_by_name() -> None:
+    with pytest.raises(BadFileError, match="a pickle"):
+        read_tensors(b"\x80\x02}q\x00.", "weights")

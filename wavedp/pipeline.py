@@ -14,6 +14,7 @@ from wavedp.errors import BadFileError, InvalidValueError, MissingFileError
 from wavedp.models import (
     AutoregressiveTransformer,
     SpectralTokenizer,
+    TextEmbeddings,
     check_compatible,
     load_autoregressive,
     load_tokenizer,
@@ -82,17 +83,23 @@ class CoarseToFinePipeline:
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
         guidance_scale: float = 1.0,
+        text: TextEmbeddings | None = None,
         batch_size: int = 256,
         generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        compiled: bool = False,
         super_resolve: bool = True,
         progress: bool = False,
     ) -> CoarseToFineOutput:
         """Makes images.
 
         ``class_labels``: one label or a sequence of labels, as numbers or class names; without it the classes take
-        turns. ``num_images``: how many in all; one label is repeated, several labels take turns. ``generator`` makes
-        the result repeatable; ``super_resolve=False`` returns the coarse images as ``images``.
+        turns. ``num_images``: how many in all; one label is repeated, several labels take turns, and so do the rows of
+        ``text``. ``generator`` makes the result repeatable; ``super_resolve=False`` returns the coarse images as
+        ``images``. ``dtype`` and ``compiled`` are those of `AutoregressiveTransformer.generate`; a last batch that is
+        smaller is then drawn as a whole one and cut.
         """
         labels = self._labels(class_labels, num_images)
         if batch_size < 1:
@@ -101,15 +108,25 @@ class CoarseToFinePipeline:
         coarse, images = [], []
         from tqdm import tqdm
 
-        for batch in tqdm(labels.split(batch_size), desc="sample", unit="batch", disable=not progress):
+        numbers = torch.arange(len(labels))
+        for batch in tqdm(numbers.split(batch_size), desc="sample", unit="batch", disable=not progress):
             # 1. coarse tokens, decoded to the coarse image
+            wanted = len(batch)
+            if compiled and batch_size < len(labels):  # one shape for all
+                batch = torch.arange(int(batch[0]), int(batch[0]) + batch_size) % len(labels)
+            words, mask = (None, None) if text is None else text.rows(batch % len(text), device)
             tokens = self.autoregressive.generate(
-                batch.to(device),
+                labels[batch].to(device),
                 temperature=temperature,
                 top_k=top_k,
+                top_p=top_p,
                 guidance_scale=guidance_scale,
+                text=words,
+                text_mask=mask,
                 generator=generator,
-            )
+                dtype=dtype,
+                compiled=compiled,
+            )[:wanted]
             coarse.append(self.tokenizer.decode(tokens).float())
             # 2. public super-resolution
             images.append(self.super_resolver(coarse[-1], generator=generator) if super_resolve else coarse[-1])

@@ -50,6 +50,9 @@ inline void store(T* target, const V& v) {
 // lines written one right after the other gain by it, and fence() ends them.
 template <class V, class T>
 inline void stream(T* target, const V& v) {
+#if defined(__SANITIZE_ADDRESS__)
+  store(target, v);  // AddressSanitizer sees this one, and none of those below
+#endif
 #if defined(__AVX512F__)
   if constexpr (sizeof v == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(target), (__m512i)v);
 #endif

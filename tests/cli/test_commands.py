@@ -150,6 +150,25 @@ def test_only_chosen_parameters_are_fine_tuned(trained: Path, pictures: Path, tm
     assert read_json(tmp_path / "privacy.json")["noise_multiplier"] == 2.0
 
 
+def test_models_with_options_are_trained_and_sampled(trained: Path, pictures: Path, tmp_path: Path):
+    common = ["--data", pictures, "--tokenizer", trained / "tok"]
+    model = ["--width", 16, "--depth", 1, "--heads", 2, "--steps", 4, "--scales", 2, "--per-scale-heads"]
+    model += ["--position", "rotary", "--ema-decay", 0.9, "--precision", "bfloat16"]
+    assert run("pretrain", *common, *model, "--out", tmp_path / "pre") == 0
+    before = load_autoregressive(tmp_path / "pre" / "model")
+    assert (before.config.position, before.config.per_scale_heads) == ("rotary", True)
+    privacy = ["--noise-multiplier", 2, "--delta", 1e-3, "--max-records", 200, "--sample-rate", 0.25, "--steps", 2]
+    privacy += ["--expected-batch-size", 16, "--lora-rank", 2, "--noise-mode", "strict"]
+    assert run("finetune", *common, "--model", tmp_path / "pre", *privacy, "--out", tmp_path / "fine") == 0
+    after = load_autoregressive(tmp_path / "fine" / "model").state_dict()
+    moved = {name for name, value in before.state_dict().items() if not torch.equal(value, after[name])}
+    assert moved == {f"blocks.0.weights.{name}.weight" for name in ("qkv", "projection", "mlp_in", "mlp_out")}
+    source = ["--tokenizer", trained / "tok", "--model", tmp_path / "fine"]
+    options = ["--num-images", 4, "--top-p", 0.9, "--dtype", "bfloat16"]
+    assert run("sample", *source, *options, "--out", tmp_path / "s") == 0
+    assert len(list((tmp_path / "s" / "images").rglob("*.png"))) == 4
+
+
 def test_samples_of_another_run_are_not_mixed_in(trained: Path, tmp_path: Path):
     arguments = ["--tokenizer", trained / "tok", "--model", trained / "fine", "--out", tmp_path]
     assert run("sample", *arguments, "--num-images", 8) == 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -12,6 +13,7 @@ from workbench import Case, read_cases
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "sharp_edges.md"
+USES = ROOT / "tests" / "odd_use" / "uses.tsv"
 LONGEST = 150  # of a call, characters
 
 HEAD = """# Sharp edges
@@ -58,6 +60,23 @@ What can be got wrong, and what happens then: {count} cases, each a test. The ta
 """
 
 
+ODD_USE = """
+## Odd use of private training
+
+Each raises an error of the family, or is exact: the step is the clipped sum of a loop over the records in float64, and
+one record contributes at most C. Tests are in `tests/`.
+
+| use | what happens | test |
+|---|---|---|
+"""
+
+
+def read_uses() -> list[dict[str, str]]:
+    """What can be done oddly in a training loop: ``use``, ``what happens``, and ``test``, a file and a name in it."""
+    with USES.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
 def page(cases: Sequence[Case]) -> str:
     """The whole page."""
     parts = [HEAD.format(count=len(cases))]
@@ -67,7 +86,8 @@ def page(cases: Sequence[Case]) -> str:
         lines = [f"\n## {area.capitalize()}\n", f"| case | {first} | {answer} | message |", "|---|---|---|---|"]
         lines += [f"| {_cell(c.name)} | {_code(c.call)} | `{c.error}` | {_cell(c.message)} |" for c in members]
         parts.append("\n".join(lines) + "\n")
-    return "".join(parts)
+    uses = [f"| {_cell(u['use'])} | {_cell(u['what happens'])} | `{u['test']}` |\n" for u in read_uses()]
+    return "".join([*parts, ODD_USE, *uses])
 
 
 def _cell(text: str) -> str:

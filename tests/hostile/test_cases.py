@@ -59,6 +59,14 @@ def test_the_page_has_the_cases() -> None:
     )
 
 
+def test_every_odd_use_has_a_test() -> None:
+    uses = sharp_edges.read_uses()
+    assert len({use["use"] for use in uses}) == len(uses) > 50
+    for use in uses:
+        file, name = use["test"].split()
+        assert f"def {name}(" in (sharp_edges.ROOT / "tests" / file).read_text(encoding="utf-8"), use["test"]
+
+
 @pytest.mark.parametrize(
     ("text", "pattern", "holds"),
     [("a b c", "a…c", True), ("a b c", "c…a", False), ("a b", "b", True), ("a b", "x", False)],

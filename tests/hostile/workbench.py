@@ -28,8 +28,9 @@ from wavedp import compat, data, errors, models, optim, pipeline, privacy, stora
 from wavedp.data import folder as data_folder
 from wavedp.data import idx, picture_file
 from wavedp.data.picture_file import decode_picture
+from wavedp.evaluation import small as evaluation
 from wavedp.privacy import accounting
-from wavedp.training import evaluation, loop, pictures, results, runs
+from wavedp.training import loop, pictures, results, runs
 from wavedp.training import private as private_training
 from wavedp.training import superres as superres_training
 from wavedp.weights_file import read_tensors

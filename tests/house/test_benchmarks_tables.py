@@ -68,7 +68,7 @@ def test_the_table_names_the_best_rival() -> None:
     assert "| `op` | 2.0 | 10.0 | 8.0 | 400.0 ptwt |" in text
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/private_training.md", "docs/noise.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/private_training.md", "docs/noise.md", "docs/models.md"])
 def test_a_page_has_the_tables_of_the_results(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     made = table.tables(sorted((BENCHMARKS / "results").glob("*.csv")))
@@ -88,7 +88,7 @@ def test_every_suite_has_its_own_place(tmp_path: Path) -> None:
     files[1].write_text("", encoding="utf-8")
     assert table.tables(files) == dict.fromkeys(SUITES, table.UNMEASURED)
     both = "".join(f"{begin}\n{table.END}\n" for begin in table.BEGINNINGS.values())
-    text = table.written(both, {"wavelet": "W", "dp": "D", "noise": "N"})
+    text = table.written(both, {"wavelet": "W", "dp": "D", "noise": "N", "sampling": "S"})
     assert text.index(table.BEGIN) < text.index("\nW\n") < text.index(table.BEGINNINGS["dp"]) < text.index("\nD\n")
     assert text.index("\nD\n") < text.index(table.BEGINNINGS["noise"]) < text.index("\nN\n")
     assert table.written(f"{table.BEGIN}\n{table.END}", {"wavelet": "W", "dp": "D"}).count("D") == 0

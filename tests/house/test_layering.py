@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 # layer: the layers it may import, lazily or not. Arrows point right and down; a layer may skip to anything
 # further along, except past `ops`, which alone chooses between kernels, the native library and the reference.
 #
-#   cli -> {training, audit, selftest, benchmarks}
+#   cli -> {training, evaluation, audit, selftest, benchmarks}
+#   evaluation (what synthetic images are worth) -> {training (checkpoints, pictures), data}
 #   audit -> {training, models, privacy}
 #   selftest (planted bugs and their detectors) -> privacy and what is below it
 #   training -> {data, models, superres, privacy} -> functional -> ops -> {kernels, native, reference}
@@ -28,7 +29,8 @@ PARTS = {"data", "models", "superres", "privacy", "storage", "extras"}
 ARROWS: dict[str, set[str]] = {
     "wavedp": {"functional", "ops", "pipeline", "compat", "optim"} | PARTS,  # the public face, wavedp/__init__.py
     "__main__": {"cli"},
-    "cli": {"wavedp", "training", "pipeline", "functional", "benchmarks", "audit", "selftest"} | PARTS,
+    "cli": {"wavedp", "training", "pipeline", "functional", "benchmarks", "audit", "selftest", "evaluation"} | PARTS,
+    "evaluation": {"training", "data", "storage", "weights_file"},
     # puts canaries through the private step of a run that training left
     "audit": {"training", "models", "privacy", "optim", "storage", "extras"},
     "selftest": {"functional", "optim", "private_step", "ops", "privacy", "storage"},
@@ -37,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "training": {"wavedp", "pipeline", "functional", "optim"} | PARTS,
     "pipeline": {"models", "superres", "storage", "functional"},
     "data": {"storage", "extras", "functional"},
-    "models": {"storage", "extras", "functional"},
+    "models": {"storage", "weights_file", "extras", "functional"},
     "superres": {"storage", "extras", "functional"},
     "privacy": {"storage", "extras", "functional", "optim"},
     "compat": {"functional"},
@@ -65,7 +67,8 @@ EAGER_IN = {"kernels": {"torch", "numpy", "triton"}, "benchmarks": {"torch", "nu
 # Third-party packages that may be imported inside a function, and by which layers.
 LAZY = {
     "triton": {"ops", "benchmarks"},
-    "tqdm": {"cli", "training", "data", "privacy", "superres", "models", "pipeline"},
+    "tomli": {"cli"},
+    "tqdm": {"cli", "training", "data", "privacy", "superres", "models", "pipeline", "evaluation"},
     "dp_accounting": {"privacy"},
     "scipy": {"privacy", "data", "training", "audit"},
     "PIL": {"cli", "training", "data", "superres", "pipeline"},
@@ -79,7 +82,7 @@ LAZY = {
     "HersheyFonts": {"data"},
     "datasets": {"data"},
     "diffusers": {"superres"},
-    "transformers": {"superres"},
+    "transformers": {"superres", "models", "benchmarks"},  # T5 encoders; its GPT-2 beside our sampling
     "huggingface_hub": {"models"},  # the weights of a perceptual network
     "accelerate": {"superres"},
 }

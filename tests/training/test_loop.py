@@ -3,12 +3,14 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from wavedp.training import loop
 from wavedp.training.checkpoints import load_newest
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.loop import TrainingConfig, fit, step_generator
@@ -77,6 +79,40 @@ def test_an_interrupt_while_a_step_is_logged_loses_nothing(tmp_path: Path, monke
         broken.fit(tmp_path)
     assert broken.calls == 4
     assert load_newest(tmp_path / "checkpoint").config["step"] == 4
+
+
+def test_the_average_of_the_weights_becomes_the_model(tmp_path: Path):
+    """Also where the run was interrupted, and the checkpoint keeps weights and average apart."""
+    config = replace(CONFIG, ema_decay=0.6)
+    plain = Regression()
+    seen: list[dict[str, Tensor]] = []
+    step = loop.train_step
+
+    def watched(model: nn.Module, *arguments: object) -> object:
+        result = step(model, *arguments)  # type: ignore[arg-type]
+        seen.append({k: v.detach().clone() for k, v in model.state_dict().items()})
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", watched)
+        got = plain.fit(tmp_path / "a", config)
+    expected = {k: v.clone() for k, v in Regression().model.state_dict().items()}
+    for t, weights in enumerate(seen):
+        decay = min(0.6, (1 + t) / (10 + t))
+        expected = {k: decay * v + (1 - decay) * weights[k] for k, v in expected.items()}
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+        assert not torch.equal(got[name], seen[-1][name])
+    found = load_newest(tmp_path / "a" / "checkpoint")
+    assert found is not None
+    assert torch.equal(found.tensors["model.0.weight"], seen[-1]["0.weight"])
+    assert_same(Regression().fit(tmp_path / "a", config), got)  # finished: the average comes from the checkpoint
+    broken = Regression(at=4)
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit(tmp_path / "b", config)
+    assert_same(Regression().fit(tmp_path / "b", config), got)
+    with pytest.raises(ValueError, match="no average of these weights"):
+        Regression().fit(tmp_path / "c") and Regression().fit(tmp_path / "c", config)
 
 
 def test_a_finished_run_does_nothing_more(tmp_path: Path):

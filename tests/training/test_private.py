@@ -25,11 +25,11 @@ from wavedp.training.checkpoints import Checkpoint, load_newest
 from wavedp.training.private import (
     PrivateTrainingConfig,
     finetune_private,
-    freeze_all_but,
     load_private_checkpoint,
     save_private_checkpoint,
 )
 from wavedp.training.public import tokenize
+from wavedp.training.trainable import freeze_all_but
 
 SPEC = PrivacySpec(
     sample_rate=0.3,

@@ -13,7 +13,7 @@ from wavedp.errors import InvalidValueError, MissingFileError
 from wavedp.models import AutoregressiveTransformer, load_autoregressive
 from wavedp.privacy import PrivacySpec
 from wavedp.storage import read_json
-from wavedp.training.private import freeze_all_but
+from wavedp.training.trainable import choose_trainable
 
 STATEMENT = "privacy.json"
 LEDGER = "ledger.jsonl"
@@ -56,7 +56,7 @@ def open_run(path: Path, device: torch.device | str = "cpu") -> AuditedRun:
             f"or comes from another run"
         )
     model = load_autoregressive(path / "model", device)
-    freeze_all_but(model, _trainable(path))
+    choose_trainable(model, **_trainable(path))
     return AuditedRun(path, spec, model, claimed)
 
 
@@ -70,8 +70,14 @@ def _recorded_spec(ledger: Path) -> PrivacySpec:
         raise InvalidValueError(f"{ledger} does not begin with a specification: {error}") from error
 
 
-def _trainable(path: Path) -> str:
-    """The expression that 'wavedp finetune --trainable' was given; the demo trains everything."""
+def _trainable(path: Path) -> dict[str, Any]:
+    """What 'wavedp finetune' was told to train; the demo trains everything."""
     settings = read_json(path / "run.json") if (path / "run.json").exists() else {}
-    found = settings.get("trainable", ".*") if isinstance(settings, dict) else ".*"
-    return str(found)
+    settings = settings if isinstance(settings, dict) else {}
+    rank, alpha = settings.get("lora_rank"), settings.get("lora_alpha")
+    return {
+        "trainable": str(settings.get("trainable", ".*")),
+        "lora_rank": rank,
+        "lora_alpha": alpha,
+        "lora_targets": settings.get("lora_targets"),
+    }

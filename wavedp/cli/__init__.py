@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": "sample coarse images and super-resolve them",
     "upscale": "super-resolve a folder of images",
     "evaluate": "train a classifier on synthetic images and test it on real ones",
+    "ceilings": "what each stage of the method allows on a data set, by one classifier",
     "bench": "time every op beside its rivals and beside a copy of the same bytes",
     "ledger": "what the runs of a privacy ledger have spent, and whether it was forked",
     "account": "epsilon for a noise multiplier, noise for an epsilon, or steps for an epsilon",

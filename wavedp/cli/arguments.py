@@ -12,6 +12,7 @@ from wavedp.data import ImageDataset, open_dataset
 from wavedp.data.catalog import Split
 from wavedp.errors import InvalidValueError
 from wavedp.extras import import_extra
+from wavedp.models import TextEmbeddings
 from wavedp.training.loop import TrainingConfig
 
 Number = TypeVar("Number", int, float)
@@ -75,9 +76,15 @@ def add_data(parser: argparse.ArgumentParser, what: str, *, sizes: bool = True, 
         required=True,
         metavar="SOURCE",
         help=f"{what}: 'digits', 'glyphs', 'silhouettes', an image folder with class sub-folders, a folder of IDX "
-        "files (.gz too), or a .zip",
+        "files (.gz too), a .npz, or a .zip",
     )
     if split:
+        group.add_argument(
+            "--hold-out",
+            type=positive_int,
+            metavar="N",
+            help="leave out the last N images of the split (the DPImageBench protocol: 5000)",
+        )
         group.add_argument("--split", choices=("train", "test", "all"), default="train", help="which part of the data")
     group.add_argument("--classes", metavar="A,B,...", help="class names in label order (default: as the data says)")
     group.add_argument("--fit", choices=("crop", "pad"), default="crop", help="how a picture becomes square")
@@ -112,7 +119,23 @@ def open_data(
         seed=arguments.seed,
     )
     report_skipped(dataset)
-    return dataset
+    held_out = getattr(arguments, "hold_out", None)
+    if held_out is None:
+        return dataset
+    if held_out >= len(dataset):
+        raise InvalidValueError(f"--hold-out {held_out} leaves nothing of the {len(dataset)} images of {dataset.name}")
+    return dataset.subset(torch.arange(len(dataset) - held_out))
+
+
+def add_text(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--text", type=Path, metavar="FILE",
+        help="text embeddings, as TextEmbeddings.save writes them: a row for each image, in the data's order",
+    )  # fmt: skip
+
+
+def open_text(arguments: argparse.Namespace) -> TextEmbeddings | None:
+    return None if arguments.text is None else TextEmbeddings.load(arguments.text)
 
 
 def report_skipped(dataset: ImageDataset) -> None:

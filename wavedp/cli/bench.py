@@ -9,6 +9,7 @@ left out: pip install 'wavedp[bench]' brings them. Every result is checked befor
   wavedp bench wavelet small                  what a call costs on one small image
   wavedp bench dp                             private training steps by each library, and the functions alone
   wavedp bench noise                          normals, and optimizer steps that make their noise
+  wavedp bench sampling                       images a second by the autoregressive model, for prefixes of its scales
   wavedp bench wavelet --list                 what cases there are
 """
 

@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small classifier on synthetic images only and tests it on real ones.
+"""Trains classifiers on synthetic images only and tests them on real ones. The figures are computed from real test
+images: they are NOT private.
 
-Writes metrics.json with the accuracy, its values by class and the confusion matrix, for every seed, and the same
-for a classifier trained on the real training split (the ceiling) unless --no-ceiling is given. The figures are
-computed from real test images: they are NOT private.
+--protocol small (default): a small network at 32 px; metrics.json has the accuracy, its values by class and the
+confusion matrix, for every seed, and the same for the real training split (the ceiling) unless --no-ceiling is given.
+
+--protocol dpimagebench: ResNet, WideResNet and ResNeXt at 28 px, each chosen on synthetic validation images and tested
+once; with --quick one small network for a CPU. Also Frechet distance, precision and recall, density and coverage, and
+the nearest real training images of samples. Writes metrics.json, metrics.csv and neighbours.png; repeated after an
+interruption, it goes on. docs/evaluation.md has the definitions.
+
+  wavedp evaluate --protocol dpimagebench --quick --synthetic runs/samples --data fashion/ --out runs/quick
+  wavedp evaluate --protocol dpimagebench --quick --reference real --data fashion/ --out runs/ceiling
+  wavedp evaluate --protocol dpimagebench --device cuda --num-seeds 3 --synthetic a.npz --data fashion/ --out runs/full
 """
 
 import argparse
@@ -15,37 +24,57 @@ import torch
 from torch import Tensor
 
 from wavedp.cli import arguments as shared
-from wavedp.data import ImageDataset, open_dataset, to_unit_range
+from wavedp.cli import evaluate_dpimagebench as dpimagebench
+from wavedp.data import ImageDataset, to_unit_range
+from wavedp.errors import InvalidValueError
+from wavedp.evaluation.small import evaluate_synthetic
 from wavedp.storage import write_json
-from wavedp.training.evaluation import evaluate_synthetic
-from wavedp.training.results import folder_names
 from wavedp.training.runs import RunFolder
+
+SMALL_EPOCHS, SMALL_SEEDS, SMALL_SIZE = 15, 3, 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--synthetic",
         type=Path,
-        required=True,
         metavar="DIR",
-        help="folder written by 'wavedp sample', or its images/",
+        help="folder written by 'wavedp sample', or any image folder, IDX files, .zip or .npz",
     )
+    parser.add_argument("--protocol", choices=("small", "dpimagebench"), default="small", help="what is measured")
     shared.add_data(
         parser, "real images to test on (its test split) and to train the ceiling on (its train split)", split=False
     )
-    parser.add_argument("--epochs", type=shared.positive_int, default=15, help="epochs of each classifier")
-    parser.add_argument("--num-seeds", type=shared.positive_int, default=3, help="classifiers trained; mean and spread")
-    parser.add_argument("--no-ceiling", action="store_true", help="do not train on the real training split")
+    parser.set_defaults(image_size=None)  # by the protocol
+    parser.add_argument(
+        "--epochs",
+        type=shared.positive_int,
+        help=f"epochs of each classifier (default: {SMALL_EPOCHS}, or the recipe's)",
+    )
+    parser.add_argument(
+        "--num-seeds",
+        type=shared.positive_int,
+        help=f"seeds of each classifier; mean and spread (default: {SMALL_SEEDS}, or 1 of dpimagebench)",
+    )
+    parser.add_argument("--no-ceiling", action="store_true", help="small: do not train on the real training split")
+    dpimagebench.add_arguments(parser)
     shared.add_run(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     device = shared.prepare_device(arguments)
+    if arguments.protocol == "dpimagebench":
+        dpimagebench.run(arguments, device)
+        return
+    dpimagebench.refuse_options(arguments)
+    if arguments.synthetic is None:
+        raise InvalidValueError("give --synthetic, the folder of synthetic images")
+    arguments.image_size = arguments.image_size or SMALL_SIZE
+    arguments.epochs = arguments.epochs or SMALL_EPOCHS
+    arguments.num_seeds = arguments.num_seeds or SMALL_SEEDS
     size, channels = arguments.image_size, arguments.channels
     test = shared.open_data(arguments, image_size=size, channels=channels, split="test")
-    source = arguments.synthetic / "images" if (arguments.synthetic / "images").is_dir() else arguments.synthetic
-    names = folder_names(test.classes)
-    synthetic = open_dataset(source, image_size=size, channels=channels, split="all", classes=names)
+    synthetic = dpimagebench.open_synthetic(arguments, test)
     folder = RunFolder(arguments.out, shared.settings(arguments), overwrite=True)
     metrics: dict[str, Any] = {"private": False, "image_size": size}
     metrics["synthetic"] = accuracy_over_seeds(synthetic, test, arguments, device)

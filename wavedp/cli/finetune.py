@@ -27,9 +27,10 @@ from wavedp.errors import InvalidValueError
 from wavedp.models import load_autoregressive, load_tokenizer
 from wavedp.privacy import PrivacyBudget, PrivacyLedger, PrivacySpec
 from wavedp.privacy.ledger_budget import COMPOSITIONS
-from wavedp.training.private import PrivateTrainingConfig, finetune_private, freeze_all_but
+from wavedp.training.private import PrivateTrainingConfig, finetune_private
 from wavedp.training.results import save_log
 from wavedp.training.runs import RunFolder
+from wavedp.training.trainable import choose_trainable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, required=True, metavar="DIR", help="folder written by 'wavedp tokenizer'"
     )
     group.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder written by 'wavedp pretrain'")
-    group.add_argument("--trainable", default=".*", metavar="REGEX", help="parameters to train; the others stay frozen")
+    group.add_argument(
+        "--trainable", default=".*", metavar="WHAT",
+        help="parameters to train; the others stay frozen: 'all', 'last-K-blocks', 'heads', or a regular expression "
+        "that their names match from the start",
+    )  # fmt: skip
+    group.add_argument(
+        "--lora-rank", type=shared.positive_int, metavar="R",
+        help="train low-rank adapters beside frozen layers, and what --trainable names if it is not everything; the "
+        "model that is written has them merged",
+    )  # fmt: skip
+    group.add_argument(
+        "--lora-alpha", type=shared.positive_float, metavar="X", help="their factor is X / R (default: R)"
+    )
+    group.add_argument(
+        "--lora-targets", metavar="REGEX", help="names of the layers to adapt (default: all of every block)"
+    )
+    shared.add_text(group)
     add_privacy(parser)
     add_ledger(parser)
     group = parser.add_argument_group("training (free of privacy cost)")
@@ -159,18 +176,22 @@ def privacy_spec(arguments: argparse.Namespace, trainable_parameters: int | None
     return PrivacySpec.for_target_epsilon(arguments.epsilon, **constants)
 
 
+def lora(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("lora_rank", "lora_alpha", "lora_targets")}
+
+
 def run(arguments: argparse.Namespace) -> None:
     device = shared.prepare_device(arguments)
     spec = None if arguments.noise_mode == "strict" else privacy_spec(arguments)
     tokenizer = load_tokenizer(model_folder(arguments.tokenizer), device)
     model = load_autoregressive(model_folder(arguments.model), device)
     if spec is None:  # what rounding costs depends on the model
-        freeze_all_but(model, arguments.trainable)
-        spec = privacy_spec(arguments, sum(p.numel() for p in model.parameters() if p.requires_grad))
+        spec = privacy_spec(arguments, choose_trainable(model, arguments.trainable, **lora(arguments)))
     config = PrivateTrainingConfig(
         learning_rate=arguments.learning_rate,
         ema_decay=arguments.ema_decay,
         trainable=arguments.trainable,
+        **lora(arguments),
         physical_batch_size=arguments.physical_batch_size,
         save_every=arguments.save_every,
     )
@@ -180,8 +201,9 @@ def run(arguments: argparse.Namespace) -> None:
         dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
         folder = RunFolder(arguments.out, shared.settings(arguments))
         statement = finetune_private(
-            dataset, tokenizer, model, spec, config, folder.path, ledger=ledger, progress=not arguments.no_progress
-        )
+            dataset, tokenizer, model, spec, config, folder.path, text=shared.open_text(arguments), ledger=ledger,
+            progress=not arguments.no_progress,
+        )  # fmt: skip
     show_samples(tokenizer, model, dataset.classes, folder, seed=arguments.seed)
     save_log(
         folder / "log.png", folder / "log.csv", ("loss_not_private",), title="loss on sensitive images: NOT private"

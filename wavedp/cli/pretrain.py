@@ -5,12 +5,15 @@ Writes model/, log.csv, log.png, samples.png and a checkpoint, from which the sa
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from wavedp.cli import arguments as shared
 from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, load_tokenizer
+from wavedp.models.autoregressive_config import POSITIONS
+from wavedp.training.loop import PRECISIONS
 from wavedp.training.pictures import save_grid
 from wavedp.training.public import autoregressive_config, pretrain_autoregressive
 from wavedp.training.results import save_log
@@ -27,6 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--width", type=shared.positive_int, default=96, help="width of the transformer")
     group.add_argument("--depth", type=shared.positive_int, default=3, help="blocks")
     group.add_argument("--heads", type=shared.positive_int, default=4, help="attention heads")
+    group.add_argument(
+        "--position", choices=POSITIONS,
+        help="a table of positions; scale + row + column; or rotations of queries and keys by these (default: learned)",
+    )  # fmt: skip
+    group.add_argument(
+        "--per-scale-heads", action="store_const", const=True, help="an output head for each detail scale"
+    )
+    shared.add_text(group)
+    group.add_argument(
+        "--ema-decay", type=shared.bounded(float, minimum=0, below=1), metavar="X",
+        help="write the exponential average of the weights with this decay, such as 0.999 (default: the last weights)",
+    )  # fmt: skip
+    group.add_argument("--precision", choices=PRECISIONS, help="of the forward pass; weights stay float32 (float32)")
     shared.add_training(parser, steps=1500, batch_size=128, learning_rate=2e-3)
     shared.add_run(parser)
 
@@ -36,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(model_folder(arguments.tokenizer), device)
     layout = tokenizer.layout
     dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
+    text = shared.open_text(arguments)
     folder = RunFolder(arguments.out, shared.settings(arguments))
     config = autoregressive_config(
         tokenizer,
@@ -44,10 +61,17 @@ def run(arguments: argparse.Namespace) -> None:
         width=arguments.width,
         depth=arguments.depth,
         heads=arguments.heads,
+        text=text,
+        position=arguments.position or "learned",
+        per_scale_heads=bool(arguments.per_scale_heads),
     )
-    training = shared.training_config(arguments)
+    training = replace(
+        shared.training_config(arguments),
+        ema_decay=arguments.ema_decay or 0.0,
+        precision=arguments.precision or "float32",
+    )
     model = pretrain_autoregressive(
-        dataset, tokenizer, config, training, folder.path, device=device, progress=not arguments.no_progress
+        dataset, tokenizer, config, training, folder.path, text=text, device=device, progress=not arguments.no_progress
     )
     show_samples(tokenizer, model, dataset.classes, folder, seed=arguments.seed)
     save_log(folder / "log.png", folder / "log.csv", ("loss",))

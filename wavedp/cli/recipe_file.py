@@ -11,11 +11,6 @@ from typing import Any
 
 from wavedp.errors import BadFileError, MissingFileError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 STAGE_COMMANDS = ("tokenizer", "pretrain", "espcn", "finetune", "sample", "upscale", "evaluate", "audit")
 """Commands that a stage may run."""
 SET_BY_RUNNER = ("out", "device", "threads", "no-progress", "traceback")
@@ -74,6 +69,11 @@ def read_recipe(path: Path) -> Recipe:
         MissingFileError: there is no such file.
         BadFileError: it is no TOML, or says something else.
     """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     if not path.is_file():
         raise MissingFileError(f"no such recipe: {path}")
     if path.stat().st_size > LARGEST_FILE:

@@ -48,12 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--top-k", type=shared.positive_int, metavar="K", help="sample among the K likeliest tokens")
     group.add_argument(
+        "--top-p", type=shared.bounded(float, above=0, maximum=1), metavar="P",
+        help="sample among the fewest likeliest tokens that hold this probability",
+    )  # fmt: skip
+    group.add_argument(
         "--guidance-scale",
         type=shared.bounded(float, minimum=-100, maximum=100),
         default=1.0,
         help="classifier-free guidance; 1 is none",
     )
     group.add_argument("--batch-size", type=shared.positive_int, default=256, help="images at once")
+    shared.add_text(group)
+    group.add_argument("--dtype", choices=("bfloat16",), help="weights, keys and values of the model in bfloat16")
+    group.add_argument("--compile", action="store_true", help="torch.compile the step; pays off for many batches")
     shared.add_run(parser)
 
 
@@ -66,6 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.num_images,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        text=shared.open_text(arguments),
+        dtype=None if arguments.dtype is None else torch.bfloat16,
+        compiled=arguments.compile,
         guidance_scale=arguments.guidance_scale,
         batch_size=arguments.batch_size,
         generator=torch.Generator(device).manual_seed(arguments.seed),

@@ -14,6 +14,7 @@ from wavedp.data.digits import load_digits_dataset
 from wavedp.data.folder import list_folder
 from wavedp.data.glyphs import DIGITS, render_glyphs
 from wavedp.data.idx import find_idx, load_idx
+from wavedp.data.npz import load_npz
 from wavedp.data.resize import Fit, check_geometry
 from wavedp.data.silhouettes import render_silhouettes
 from wavedp.errors import InvalidValueError, MissingFileError
@@ -40,7 +41,8 @@ def open_dataset(
     Args:
         source: ``"digits"`` (scikit-learn's, real), ``"glyphs"`` (drawn from fonts), ``"silhouettes"``
             (painted clothes), or a path: a folder with the IDX files of the MNIST family, one IDX file of
-            images, a ``.zip`` of images, a folder with ``images.zip`` and ``index.tsv``, or an image
+            images, a ``.npz`` of images and labels,
+            a ``.zip`` of images, a folder with ``images.zip`` and ``index.tsv``, or an image
             folder. A path named like a built-in source is reached as ``./digits``.
         image_size: side of the square images, pixels; :mod:`wavedp.data.resize` has the rule.
         channels: 1 (grey) or 3 (RGB).
@@ -82,6 +84,16 @@ def open_dataset(
     if not path.exists():
         raise MissingFileError(f"no such data set: {path} (a path, or one of {', '.join(NAMED_SOURCES)})")
     is_idx_folder = path.is_dir() and any(find_idx(path, which, "images") for which in ("train", "test"))
+    if path.is_file() and path.suffix.lower() == ".npz":
+        return load_npz(
+            path,
+            image_size=image_size,
+            channels=channels,
+            split=split,
+            fit=fit,
+            background=background,
+            classes=classes,
+        )
     if is_idx_folder or (path.is_file() and path.suffix.lower() != ".zip"):
         return load_idx(
             path,

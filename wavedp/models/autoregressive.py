@@ -1,63 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class-conditional autoregressive transformer over spectral tokens, coarse scales first (AR-SIT)."""
-
-from dataclasses import asdict, dataclass
-from typing import Any
+"""Autoregressive transformer over spectral tokens, coarse scales first (AR-SIT), conditioned on class and text."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavedp.errors import InvalidTypeError, InvalidValueError
-from wavedp.models.sizes import check_real, check_sizes, described
-from wavedp.models.transformer import CausalBlock, KeyValueCache
-
-
-@dataclass(frozen=True)
-class AutoregressiveConfig:
-    """Sizes of the model. It covers the first ``num_scales`` scales of a tokenizer: 1 is the approximation alone,
-    which is all that the private stage needs."""
-
-    num_classes: int
-    tokens_per_scale: int
-    num_scales: int
-    approximation_codes: int
-    detail_codes: int
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
-    mlp_ratio: float = 4.0
-    class_dropout: float = 0.1  # share of training samples that see no class, for classifier-free guidance
-    class_names: tuple[str, ...] = ()  # what the labels mean, in their order; empty: unnamed
-    tokenizer_fingerprint: str = ""  # of the tokenizer whose tokens it was trained on; empty: unknown
-    privately_trained: bool = False  # whether its weights have already spent a privacy budget
-
-    def __post_init__(self) -> None:
-        sizes = ("num_classes", "tokens_per_scale", "num_scales", "approximation_codes", "detail_codes")
-        check_sizes(self, *sizes, "width", "depth", "heads")
-        check_real("mlp_ratio", self.mlp_ratio, above=0.0, below=1024.0)
-        names: Any = self.class_names
-        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise InvalidTypeError(f"class_names must be a sequence of texts, got {names!r}")
-        if not isinstance(self.tokenizer_fingerprint, str) or not isinstance(self.privately_trained, bool):
-            raise InvalidTypeError("tokenizer_fingerprint must be a text and privately_trained True or False")
-        object.__setattr__(self, "class_names", tuple(self.class_names))
-        if self.class_names and len(self.class_names) != self.num_classes:
-            raise InvalidValueError(f"{len(self.class_names)} class_names for num_classes={self.num_classes}")
-        check_real("class_dropout", self.class_dropout, below=1.0)
-
-    @property
-    def length(self) -> int:
-        """Tokens in a whole sequence."""
-        return self.tokens_per_scale * self.num_scales
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+from wavedp.models.autoregressive_config import AutoregressiveConfig
+from wavedp.models.generation import generate_tokens
+from wavedp.models.positions import RotaryPositions, coordinates
+from wavedp.models.sampling import SamplingOptions
+from wavedp.models.sizes import described
+from wavedp.models.transformer import CausalBlock
 
 
 class AutoregressiveTransformer(nn.Module):
-    """Predicts token t from the class and tokens before t. Approximation and detail tokens have their own
-    embeddings and their own output heads, because their codebooks are disjoint."""
+    """Predicts token t from the text, the class and the tokens before t. Approximation and detail tokens have their own
+    embeddings and their own output heads, because their codebooks are disjoint.
+
+    A sequence has a slot for each text token, one for the class, and one for each token but the last. Slots of texts
+    that are shorter, left out or dropped hold a learned vector that says so, so that shapes never depend on texts.
+    """
 
     def __init__(self, config: AutoregressiveConfig) -> None:
         super().__init__()
@@ -67,14 +30,34 @@ class AutoregressiveTransformer(nn.Module):
         self.token_embedding = nn.Embedding(
             config.approximation_codes + (config.detail_codes if has_detail else 0), config.width
         )
-        self.position_embedding = nn.Embedding(config.length, config.width)
+        embeddings = [self.class_embedding, self.token_embedding]
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.length, config.width)
+            embeddings += [self.position_embedding]
+        elif config.position == "factorised":
+            self.scale_embedding = nn.Embedding(config.num_scales, config.width)
+            self.row_embedding = nn.Embedding(config.grid, config.width)
+            self.column_embedding = nn.Embedding(config.grid, config.width)
+            embeddings += [self.scale_embedding, self.row_embedding, self.column_embedding]
+        else:
+            self.rotary = RotaryPositions(config)
         self.blocks = nn.ModuleList(
             CausalBlock(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)
         )
         self.norm = nn.RMSNorm(config.width)
         self.approximation_head = nn.Linear(config.width, config.approximation_codes)
-        self.detail_head = nn.Linear(config.width, config.detail_codes) if has_detail else None
-        for embedding in (self.class_embedding, self.token_embedding, self.position_embedding):
+        shared = has_detail and not config.per_scale_heads
+        self.detail_head = nn.Linear(config.width, config.detail_codes) if shared else None
+        if config.per_scale_heads:
+            self.detail_heads = nn.ModuleList(
+                nn.Linear(config.width, config.detail_codes) for _ in range(config.num_scales - 1)
+            )
+        if config.text_length:
+            self.text_projection = nn.Linear(config.text_width, config.width)
+            self.no_text_embedding = nn.Embedding(1, config.width)
+            self.text_position_embedding = nn.Embedding(config.text_length, config.width)
+            embeddings += [self.no_text_embedding, self.text_position_embedding]
+        for embedding in embeddings:
             nn.init.normal_(embedding.weight, std=0.02)
 
     @property
@@ -82,26 +65,46 @@ class AutoregressiveTransformer(nn.Module):
         """The label that stands for 'no class'."""
         return self.config.num_classes
 
-    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def loss(
+        self, tokens: Tensor, labels: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> Tensor:
         """Per-sample mean negative log-likelihood in nats per token.
 
-        ``tokens``: [B, T] int64, T a whole number of scales up to ``config.length``; ``labels``: [B] int64.
-        Returns [B]. In training mode a share ``class_dropout`` of the samples sees no class.
+        ``tokens``: [B, T] int64, T a whole number of scales up to ``config.length``; ``labels``: [B] int64; ``text``:
+        embeddings [B, L, text_width] with L up to ``text_length``, and ``text_mask`` [B, L], True where there is text.
+        Returns [B]. In training mode a share ``class_dropout`` of the samples sees neither class nor text, and of the
+        others a share ``text_dropout`` the class alone.
         """
         self._check(tokens, labels)
+        text_mask = self._checked_text(text, text_mask, len(labels))
         if self.training and self.config.class_dropout > 0:
             drop = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
             labels = torch.where(drop, self.no_class, labels)
-        hidden = self._embed(labels, tokens[:, :-1])
-        for block in self.blocks:
-            hidden = block(hidden)
+            text_mask = None if text_mask is None else text_mask & ~drop[:, None]
+        if self.training and text_mask is not None and self.config.text_dropout > 0:
+            drop = torch.rand(labels.shape, device=labels.device) < self.config.text_dropout
+            text_mask = text_mask & ~drop[:, None]
+        hidden = self.hidden(labels, tokens[:, :-1], text, text_mask)
+        targets = tokens.split(self._head_sizes(tokens.shape[1]), dim=1)
         losses = [
-            F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
-            for logits, target in zip(self._heads(self.norm(hidden)), tokens.split(self._head_sizes(tokens), dim=1))
+            F.cross_entropy(head(part).flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+            for head, part, target in zip(self._heads(), hidden.split([t.shape[1] for t in targets], dim=1), targets)
         ]
         return torch.cat(losses, dim=1).mean(dim=1)
 
-    @torch.no_grad()
+    def hidden(
+        self, labels: Tensor, previous: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> Tensor:
+        """[B] labels, [B, T - 1] tokens -> [B, T, D]: what the output heads get to predict tokens 0 to T - 1."""
+        x = self._embed(labels, previous)
+        if self.config.text_length:
+            x = torch.cat([self.text_prefix(len(labels), text, text_mask), x], dim=1)
+        rotation = self.rotary(0, x.shape[1]) if self.config.position == "rotary" else None
+        for block in self.blocks:
+            x = block(x, rotation)
+        normed: Tensor = self.norm(x[:, self.config.text_length :])
+        return normed
+
     def generate(
         self,
         labels: Tensor,
@@ -109,47 +112,66 @@ class AutoregressiveTransformer(nn.Module):
         num_scales: int | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
         guidance_scale: float = 1.0,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        compiled: bool = False,
     ) -> Tensor:
-        """Samples tokens [B, num_scales * tokens_per_scale], int64, for class labels [B].
+        """Samples tokens [B, num_scales * tokens_per_scale], int64, for class labels [B] and texts as in `loss`.
 
-        ``temperature`` divides the logits (0 takes the most likely token); ``top_k`` keeps the k most likely;
-        ``guidance_scale`` g mixes logits as none + g (class - none), so 1 is no guidance. Uses a key-value cache.
+        ``temperature`` divides the logits (0 takes the most likely token); ``top_k`` keeps the k most likely, ``top_p``
+        the fewest whose probabilities add up to at least that; ``guidance_scale`` g mixes logits as none + g (given -
+        none), where 'none' sees neither class nor text, so 1 is no guidance. ``dtype`` is that of weights, keys and
+        values, such as torch.bfloat16 (default: the model's own); sums, norms and logits stay float32. ``compiled``
+        runs a step by torch.compile, on a GPU as a CUDA graph: the first call of each batch size takes long.
         """
         config = self.config
         num_scales = config.num_scales if num_scales is None else num_scales
-        if not 1 <= num_scales <= config.num_scales:
+        if type(num_scales) is not int or not 1 <= num_scales <= config.num_scales:
             raise InvalidValueError(f"num_scales must lie in 1..{config.num_scales}, got {num_scales}")
-        check_real("temperature", temperature, below=1e6)
-        check_real("guidance_scale", guidance_scale, at_least=-1e3, below=1e3)
-        if top_k is not None and (type(top_k) is not int or top_k < 1):
-            raise InvalidValueError(f"top_k must be a positive integer, got {top_k!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise InvalidValueError(f"dtype must be a floating-point one, such as torch.bfloat16, got {dtype}")
+        options = SamplingOptions(temperature, top_k, top_p, guidance_scale)
         self._check_labels(labels)
         self._check_range(labels)
+        text_mask = self._checked_text(text, text_mask, len(labels))
         length = num_scales * config.tokens_per_scale
-        guided = guidance_scale != 1.0
-        rows = torch.cat([labels, torch.full_like(labels, self.no_class)]) if guided else labels
-        weight = self.class_embedding.weight
-        caches = [
-            KeyValueCache(len(rows), config.heads, length, config.width // config.heads, weight) for _ in self.blocks
-        ]
-        tokens = labels.new_empty((len(labels), length))
-        for t in range(length):
-            if t == 0:
-                x = self.class_embedding(rows)
-            else:
-                previous = tokens[:, t - 1] + self._offset(t - 1)
-                x = self.token_embedding(previous.repeat(2) if guided else previous)
-            hidden = (x + self.position_embedding.weight[t])[:, None]
-            for block, cache in zip(self.blocks, caches):
-                hidden = block(hidden, cache)
-            logits = self._head(t)(self.norm(hidden[:, 0])).float()
-            if guided:
-                with_class, without = logits.chunk(2)
-                logits = without + guidance_scale * (with_class - without)
-            tokens[:, t] = sample_tokens(logits, temperature, top_k, generator)
-        return tokens
+        return generate_tokens(self, labels, text, text_mask, length, options, generator, dtype, compiled)
+
+    def text_prefix(self, batch: int, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
+        """[B, text_length, D]: the projected text, and where there is none, the vector that says so."""
+        device = self.no_text_embedding.weight.device
+        slots = torch.arange(self.config.text_length, device=device).expand(batch, -1)
+        x = self.no_text_embedding(torch.zeros_like(slots))
+        if text is not None and text_mask is not None:
+            missing = self.config.text_length - text.shape[1]
+            projected = self.text_projection(F.pad(text.to(self.text_projection.weight.dtype), (0, 0, 0, missing)))
+            x = torch.where(F.pad(text_mask, (0, missing))[..., None], projected.to(x.dtype), x)
+        prefix: Tensor = x + self.text_position_embedding(slots)
+        return prefix
+
+    def positions(self, ids: Tensor) -> Tensor | None:
+        """What is added to the slots that predict the tokens ``ids`` [..., T]; None where position is rotary."""
+        if self.config.position == "learned":
+            learned: Tensor = self.position_embedding(ids)
+            return learned
+        if self.config.position == "rotary":
+            return None
+        place = coordinates(self.config.num_scales, self.config.grid).to(ids.device)[ids]
+        scale, row, column = place.unbind(-1)
+        summed: Tensor = self.scale_embedding(scale) + self.row_embedding(row) + self.column_embedding(column)
+        return summed
+
+    def head(self, position: int) -> nn.Module:
+        """The output head of a token."""
+        return self._heads()[min(position // self.config.tokens_per_scale, len(self._heads()) - 1)]
+
+    def offset(self, position: int) -> int:
+        """Where the codes of a token begin in the table of token embeddings."""
+        return 0 if position < self.config.tokens_per_scale else self.config.approximation_codes
 
     def _embed(self, labels: Tensor, previous: Tensor) -> Tensor:
         """[B] labels, [B, T - 1] tokens -> [B, T, D]: position t holds the class (t = 0) or token t - 1."""
@@ -158,25 +180,43 @@ class AutoregressiveTransformer(nn.Module):
         positions = torch.arange(T, device=labels.device)
         ids = previous + torch.where(positions[:-1] < n, 0, self.config.approximation_codes)
         x = torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(ids)], dim=1)
-        position: Tensor = self.position_embedding(positions.expand(B, T))
-        return x + position
+        position = self.positions(positions.expand(B, T))
+        return x if position is None else x + position
 
-    def _head_sizes(self, tokens: Tensor) -> list[int]:
+    def _head_sizes(self, length: int) -> list[int]:
+        """How many of ``length`` tokens each head predicts; heads that have none are left out."""
         n = self.config.tokens_per_scale
-        return [n] if tokens.shape[1] == n else [n, tokens.shape[1] - n]
+        if self.config.per_scale_heads:
+            return [n] * (length // n)
+        return [n] if length == n else [n, length - n]
 
-    def _heads(self, hidden: Tensor) -> list[Tensor]:
-        parts = hidden.split(self._head_sizes(hidden), dim=1)
-        heads = [self.approximation_head, self.detail_head]
-        return [head(part) for head, part in zip(heads, parts) if head is not None]
+    def _heads(self) -> list[nn.Module]:
+        """In the order of the scales; the last serves all that follow."""
+        if self.config.per_scale_heads:
+            return [self.approximation_head, *self.detail_heads]
+        return [self.approximation_head] if self.detail_head is None else [self.approximation_head, self.detail_head]
 
-    def _head(self, position: int) -> nn.Module:
-        if position < self.config.tokens_per_scale or self.detail_head is None:
-            return self.approximation_head
-        return self.detail_head
-
-    def _offset(self, position: int) -> int:
-        return 0 if position < self.config.tokens_per_scale else self.config.approximation_codes
+    def _checked_text(self, text: Tensor | None, mask: Tensor | None, batch: int) -> Tensor | None:
+        """The mask of a text that fits; None where there is no text."""
+        config = self.config
+        if text is None:
+            if mask is not None:
+                raise InvalidValueError("text_mask was given without text")
+            return None
+        if not config.text_length:
+            raise InvalidValueError("this model takes no text: it was made with text_length=0; leave text out")
+        if not isinstance(text, Tensor) or not text.is_floating_point():
+            raise InvalidTypeError(f"text must be a floating-point tensor [B, L, D], got {described(text)}")
+        longest = [batch, config.text_length, config.text_width]
+        if text.dim() != 3 or [len(text), text.shape[2]] != longest[::2] or text.shape[1] > config.text_length:
+            raise InvalidValueError(f"text must have shape {longest} or shorter texts, got {list(text.shape)}")
+        if mask is None:
+            return torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise InvalidTypeError(f"text_mask must be a tensor of torch.bool, got {described(mask)}")
+        if mask.shape != text.shape[:2]:
+            raise InvalidValueError(f"text_mask must have shape {list(text.shape[:2])}, got {list(mask.shape)}")
+        return mask
 
     def _check_labels(self, labels: Tensor) -> None:
         if not isinstance(labels, Tensor):
@@ -202,16 +242,3 @@ class AutoregressiveTransformer(nn.Module):
             )
         if len(tokens) != len(labels):
             raise InvalidValueError(f"{len(tokens)} token sequences but {len(labels)} labels")
-
-
-def sample_tokens(
-    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None = None
-) -> Tensor:
-    """One token per row of ``logits`` [B, K]; see `AutoregressiveTransformer.generate`."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the largest stays 0 however cold it is
-    if top_k is not None and top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]

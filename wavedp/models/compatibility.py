@@ -2,7 +2,7 @@
 """Whether a tokenizer and an autoregressive model speak the same tokens."""
 
 from wavedp.errors import InvalidValueError
-from wavedp.models.autoregressive import AutoregressiveConfig
+from wavedp.models.autoregressive_config import AutoregressiveConfig
 from wavedp.models.spectral_tokenizer import SpectralTokenizer
 
 

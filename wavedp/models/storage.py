@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from wavedp.errors import BadFileError, InvalidValueError
-from wavedp.models.autoregressive import AutoregressiveConfig, AutoregressiveTransformer
+from wavedp.models.autoregressive import AutoregressiveTransformer
+from wavedp.models.autoregressive_config import AutoregressiveConfig
 from wavedp.models.spectral_tokenizer import SpectralTokenizer
 from wavedp.models.tokenizer_config import SpectralTokenizerConfig
 from wavedp.storage import load_folder, load_weights, save_folder

@@ -5,26 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavedp.errors import InvalidValueError, StateError
-
-
-class KeyValueCache:
-    """Keys and values of one attention layer for up to ``length`` positions, allocated once."""
-
-    def __init__(self, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
-        self.keys = torch.zeros(batch, heads, length, head_dim, dtype=like.dtype, device=like.device)
-        self.values = torch.zeros_like(self.keys)
-        self.filled = 0
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores [B, h, t, d] after what is there; returns everything stored so far."""
-        end = self.filled + keys.shape[2]
-        if end > self.keys.shape[2]:
-            raise StateError(f"the cache holds {self.keys.shape[2]} positions, {end} were asked for")
-        self.keys[:, :, self.filled : end] = keys
-        self.values[:, :, self.filled : end] = values
-        self.filled = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+from wavedp.errors import InvalidValueError
+from wavedp.models.positions import Rotation, rotated
 
 
 class BlockWeights(nn.Module):
@@ -65,15 +47,13 @@ class CausalBlock(nn.Module):
         super().__init__()
         self.weights = BlockWeights(width, heads, mlp_ratio)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """``x``: [B, T, D]; ``rotation`` of its T positions, where position is rotary."""
         q, k, v = self.weights.heads_qkv(x)
-        if cache is not None:
-            if cache.filled and q.shape[2] != 1:
-                raise StateError("after the first call a cached block takes one position at a time")
-            k, v = cache.append(k, v)
-        # A single cached query sees everything stored; otherwise the mask is lower triangular.
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] == k.shape[2] and q.shape[2] > 1)
-        return self.weights.merge(x, attended)
+        if rotation is not None:
+            cos_q, sin_q, cos_k, sin_k = rotation
+            q, k = rotated(q, cos_q, sin_q), rotated(k, cos_k, sin_k)
+        return self.weights.merge(x, F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1))
 
 
 class SpectralBlock(nn.Module):

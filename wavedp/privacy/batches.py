@@ -10,7 +10,8 @@ from wavedp.privacy.spec import PrivacySpec
 
 
 def check_sampler(sampler: PoissonSampler, spec: PrivacySpec, steps_left: int) -> None:
-    """Raise a TypeError or ValueError unless ``sampler`` is fresh and draws what ``spec`` accounts for."""
+    """Raise a TypeError or ValueError unless ``sampler`` draws what ``spec`` accounts for, and has not drawn yet; a
+    RuntimeError if it serves another run."""
     if type(sampler) is not PoissonSampler:
         raise InvalidTypeError(f"sampler must be a PoissonSampler, and no subclass of it, got {type(sampler).__name__}")
     if sampler.sample_rate != spec.sample_rate:
@@ -22,6 +23,7 @@ def check_sampler(sampler: PoissonSampler, spec: PrivacySpec, steps_left: int) -
         )
     if sampler.num_records > spec.dataset_size_bound:
         raise InvalidValueError(f"the data set has more records than dataset_size_bound={spec.dataset_size_bound}")
+    sampler.check_free()
     if sampler.drawn:
         raise InvalidValueError(f"the sampler already drew {sampler.drawn} batches; build a fresh one")
     if sampler.steps > steps_left:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A data loader whose batches are those that a Poisson sampler draws."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from wavedp.errors import InvalidValueError
+from wavedp.errors import InvalidValueError, StateError
 from wavedp.privacy.optimizer import PrivateOptimizer
 from wavedp.privacy.sampling import PoissonSampler, physical_batches
 from wavedp.privacy.validation import check_integer
@@ -18,7 +19,8 @@ class PrivateLoader(Iterable[Any]):
 
     One iteration yields as many logical batches as an epoch has in expectation, ``round(1 / sample_rate)``, or those
     that are left; the next goes on from there. An empty batch is not yielded: its step, noise alone, is taken on the
-    way. Workers prepare the batches that come next.
+    way. Workers prepare the batches that come next. Where something else drew from the sampler meanwhile, a second
+    loader or the loop itself, an iteration that stands inside a batch raises, and what was prepared is dropped.
 
     Args:
         source: its data set, ``collate_fn`` and workers are used; its batches, order and sampler are not.
@@ -53,6 +55,8 @@ class PrivateLoader(Iterable[Any]):
         """Whether what was yielded last ends a logical batch."""
         self._private = private
         self._planned: dict[int, list[Tensor]] = {}
+        self.sent: deque[Tensor] = deque()
+        """Physical batches whose data were asked for, in the order in which they come."""
         self._epoch = max(1, round(1.0 / self.sampler.sample_rate))
         settings = {name: getattr(source, name) for name in _KEPT}
         self._source: DataLoader[Any] = DataLoader(source.dataset, batch_sampler=_Chunks(self), **settings)
@@ -77,12 +81,15 @@ class PrivateLoader(Iterable[Any]):
                 del self._planned[number]
 
     def _data(self, chunks: list[Tensor]) -> Iterator[Any]:
-        left = len(chunks)
+        left, drawn = len(chunks), self.sampler.drawn
         try:
             for chunk in chunks:
-                if self._fetched is None:
-                    self._fetched = iter(self._source)
-                data = next(self._fetched)
+                if self.sampler.drawn != drawn:
+                    raise StateError(
+                        "another batch was drawn while this iteration of the loader stood inside one: call discard(), "
+                        "and iterate over the loader anew"
+                    )
+                data = self._fetch(chunk)
                 left -= 1
                 self._private.announce(chunk)
                 self.at_end_of_batch = left == 0
@@ -90,6 +97,18 @@ class PrivateLoader(Iterable[Any]):
         finally:
             if left:  # left in the middle: what is prepared belongs to this batch
                 self._fetched = None
+
+    def _fetch(self, chunk: Tensor) -> Any:
+        """The data of ``chunk``, which are prepared next, unless the batches that they were prepared for are gone."""
+        if self._fetched is not None:
+            data = next(self._fetched)
+            if self.sent.popleft() is chunk:
+                return data
+        self.sent.clear()
+        self._fetched = iter(self._source)
+        data = next(self._fetched)
+        assert self.sent.popleft() is chunk
+        return data
 
     def plan(self, number: int) -> list[Tensor]:
         """The physical batches of a logical one that was not drawn yet."""
@@ -121,6 +140,7 @@ class _Chunks:
         number = sampler.drawn - 1  # the first is asked for when its batch has been drawn
         while number < sampler.steps:
             for chunk in self._loader.plan(number):
+                self._loader.sent.append(chunk)
                 yield chunk.tolist()
             # Batches between that were drawn since were empty.
             number = max(number + 1, sampler.drawn - 1)

@@ -60,7 +60,8 @@ class PrivateOptimizer:
             raises from now on. State that it already holds must not stem from private data, unless from a private
             run.
         spec: the mechanism.
-        sampler: what draws every batch: a :class:`~wavedp.privacy.PoissonSampler` that has not drawn yet.
+        sampler: what draws every batch: a :class:`~wavedp.privacy.PoissonSampler` that has not drawn yet, of this
+            run alone.
         ledger: charges steps on disk before they start; without it a restarted run is not charged for
             what it did before.
         reserve_steps: steps reserved in the ledger at a time; a crash charges at most this many too many.
@@ -75,7 +76,8 @@ class PrivateOptimizer:
         TypeError: an argument of a wrong type; a sampler of a subclass.
         ValueError: the model cannot be booked, the optimizer's parameters are not the trainable ones or of another
             number than ``spec`` charges, or the sampler is not the one that it accounts for.
-        RuntimeError: a parameter that is not trained, but is in the optimizer, holds a ``.grad``.
+        RuntimeError: a parameter that is not trained, but is in the optimizer, holds a ``.grad``; the sampler serves
+            another run.
         LedgerError: the ledger was opened for another specification.
     """
 
@@ -119,6 +121,8 @@ class PrivateOptimizer:
             self._clipping = rule.session(Entropy(insecure_seed, "clipping"))
             self._check_model()
             self._contents = ContentsWatch(model)
+            if sampler is not None:
+                sampler.serve()
         except BaseException:
             self._book.detach()
             raise
@@ -210,6 +214,7 @@ class PrivateOptimizer:
             self._batch.check_turn()
             if not isinstance(losses, Tensor):
                 raise InvalidTypeError(f"losses must be a tensor [b], got {type(losses).__name__}")
+            sample_id = self._book.sample_id if sample_id is None else sample_id
             rows = losses.numel() if sample_id is None else len(torch.unique(sample_id))
             if records is None and self._batch.announced:
                 indices = self._batch.check_count(rows)
@@ -218,7 +223,7 @@ class PrivateOptimizer:
             self._add(lambda: self._book.clipped_sums(losses, self._clipping, sample_id=sample_id), indices)
 
     def set_sample_id(self, sample_id: Tensor | None) -> None:
-        """Say which record each row belongs to, ``[rows]`` int64, in the next plain backward; ``None``: its own."""
+        """Say which record each row belongs to, ``[rows]`` int64, in the next backward; ``None``: its own."""
         self._book.sample_id = sample_id
 
     def announce(self, records: Tensor) -> None:

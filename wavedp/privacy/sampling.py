@@ -7,14 +7,14 @@ Truncated (arXiv 2508.15089): of a batch that comes out larger than a public bou
 from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from wavedp.errors import InvalidTypeError, InvalidValueError
+from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.privacy.entropy import Entropy
 from wavedp.privacy.validation import check_integer, check_real
 
@@ -40,9 +40,10 @@ class PoissonSampler:
 
     A batch is an int64 tensor of distinct indices in increasing order, and may be empty: an empty batch is
     a step like any other and must be stepped and charged. The sampler draws each of its steps once;
-    iterating again goes on where it stopped. Nothing of its state can be saved: a resumed run samples afresh.
+    iterating again goes on where it stopped. Nothing of its state can be saved or copied: a resumed run samples
+    afresh, and so does every other run, since two that step the same batches cost more than the sum of both.
 
-    A :class:`~wavedp.privacy.PrivateOptimizer` built with the sampler accepts the batch drawn last and no
+    The one :class:`~wavedp.privacy.PrivateOptimizer` built with the sampler accepts the batch drawn last and no
     other, so iteration cannot run ahead (no ``list(sampler)``, no prefetching loader); :meth:`ahead` tells a loader
     what to prepare.
 
@@ -78,6 +79,10 @@ class PoissonSampler:
         self._drawn = 0
         self._ahead: deque[Tensor] = deque()
         self._last_batch: Tensor | None = None
+        self._serves = False
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise InvalidTypeError("a PoissonSampler cannot be copied or pickled: build one for every run")
 
     @classmethod
     def for_spec(
@@ -156,6 +161,23 @@ class PoissonSampler:
         while len(self._ahead) <= number - self._drawn:
             self._ahead.append(self._sample())
         return self._ahead[number - self._drawn].clone()
+
+    def serve(self) -> None:
+        """Note that a run is built on the batches of this sampler.
+
+        Raises:
+            RuntimeError: another one is.
+        """
+        self.check_free()
+        self._serves = True
+
+    def check_free(self) -> None:
+        """Raise a RuntimeError if a run is built on the batches of this sampler."""
+        if self._serves:
+            raise StateError(
+                "the sampler serves another PrivateOptimizer: two that step the same batches cost more than both "
+                "together are charged; build a sampler for each"
+            )
 
     def end_after(self, left: int) -> None:
         """Draw at most ``left`` more batches."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wavedp.errors import InvalidValueError, StateError
 from wavedp.privacy.validation import check_integer, check_real
+from wavedp.training.average import WeightAverage
 from wavedp.training.checkpoints import load_newest, save_generation
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.runs import CsvLog
@@ -52,6 +53,7 @@ class TrainingConfig:
     seed: int = 0
     save_every: int = 500  # steps
     log_every: int = 25  # steps
+    ema_decay: float = 0.0  # of an average of the weights that becomes the model; 0: the last weights
     precision: str = "float32"  # "bfloat16": the forward pass under autocast; weights and optimizer stay float32
 
     def __post_init__(self) -> None:
@@ -60,6 +62,7 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "save_every", "log_every"):
             check_integer(name, getattr(self, name), at_least=1)
         check_real("learning_rate", self.learning_rate, above=0.0)
+        check_real("ema_decay", self.ema_decay, at_least=0.0, below=1.0)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,8 +96,11 @@ def fit(
     saved and resumed with the model.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    start = load_checkpoint(folder / "checkpoint", model, optimizer, opponent)
+    average = WeightAverage(model, config.ema_decay) if config.ema_decay > 0 else None
+    start = load_checkpoint(folder / "checkpoint", model, optimizer, opponent, average)
     if start >= config.steps:
+        if average is not None:
+            average.copy_to(model)
         model.eval()
         return
     from tqdm import tqdm
@@ -109,6 +115,8 @@ def fit(
         with bar, DeferredInterrupt() as interrupt:
             for step in range(start, config.steps):
                 losses = train_step(model, optimizer, batch_losses, config, step, opponent)
+                if average is not None:
+                    average.update(model, step)
                 last = step + 1 == config.steps or interrupt.requested
                 if step % config.log_every == 0 or last:
                     values = {k: float(v) for k, v in losses.items()}
@@ -117,10 +125,12 @@ def fit(
                     bar.set_postfix({k: f"{v:.4f}" for k, v in values.items()}, refresh=False)
                 bar.update()
                 if (step + 1) % config.save_every == 0 or last:
-                    save_checkpoint(folder / "checkpoint", model, optimizer, step + 1, opponent)
+                    save_checkpoint(folder / "checkpoint", model, optimizer, step + 1, opponent, average)
                 if last:  # not what was requested meanwhile, with nothing saved
                     break
     finally:
+        if average is not None:
+            average.copy_to(model)
         model.eval()
         torch.set_rng_state(outside)
 
@@ -168,7 +178,12 @@ def _descend(
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, opponent: Opponent | None = None
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    opponent: Opponent | None = None,
+    average: WeightAverage | None = None,
 ) -> None:
     """Weights, optimizer state and the number of finished steps, as the next generation in ``folder``."""
     config: dict[str, Any] = {"step": step}
@@ -177,11 +192,17 @@ def save_checkpoint(
         tensors |= {f"{prefix}model.{k}": v for k, v in module.state_dict().items()}
         config[f"{prefix}optimizer"], states = optimizer_tensors(own)
         tensors |= {f"{prefix}optimizer.{k}": v for k, v in states.items()}
+    if average is not None:
+        tensors |= {f"average.{k}": v for k, v in average.values.items()}
     save_generation(folder, config, tensors)
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, opponent: Opponent | None = None
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    opponent: Opponent | None = None,
+    average: WeightAverage | None = None,
 ) -> int:
     """Restores `save_checkpoint`; returns the number of finished steps, 0 when there is no checkpoint.
 
@@ -199,6 +220,8 @@ def load_checkpoint(
         for prefix, module, own in _trained(model, optimizer, opponent):
             module.load_state_dict(_under(f"{prefix}model.", tensors))
             restore_optimizer(own, config[f"{prefix}optimizer"], _under(f"{prefix}optimizer.", tensors))
+        if average is not None:
+            average.restore(_under("average.", tensors))
         return int(config["step"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise InvalidValueError(

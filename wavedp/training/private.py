@@ -3,7 +3,6 @@
 
 import contextlib
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 
 from wavedp.data import ImageDataset
 from wavedp.errors import InvalidValueError, StateError
-from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, check_compatible, save_model
+from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, TextEmbeddings, check_compatible, save_model
+from wavedp.models.lora import merge_lora
 from wavedp.optim import DPAdam
 from wavedp.privacy import (
     PoissonSampler,
@@ -31,8 +31,9 @@ from wavedp.storage import make_folder, write_bytes
 from wavedp.training.checkpoints import load_newest, save_generation
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.loop import optimizer_tensors, restore_optimizer
-from wavedp.training.public import tokenize
+from wavedp.training.public import check_text, tokenize
 from wavedp.training.runs import CsvLog
+from wavedp.training.trainable import choose_trainable
 
 ASSUMPTIONS = (
     "The list of classes is public.",
@@ -44,6 +45,7 @@ SHARED_ASSUMPTIONS = (
     "The list of classes is public.",
     "The ledger holds every run on these images; others add to it.",
 )
+TEXT_ASSUMPTION = "A record is an image with its class and its caption."
 OPTIMIZER_STATE = frozenset({"step", "exp_avg", "exp_avg_sq", "average", "average_step"})
 """What a checkpoint may hold of an optimizer."""
 
@@ -54,7 +56,10 @@ class PrivateTrainingConfig:
 
     learning_rate: float = 1e-3
     ema_decay: float = 0.95  # of the released weights, per step; 0 takes the last weights
-    trainable: str = ".*"  # regular expression; parameters whose name matches it are trained
+    trainable: str = ".*"  # 'all', 'last-K-blocks', 'heads', or an expression that names of parameters match
+    lora_rank: int | None = None  # of adapters that are trained in place of layers, and merged into the model
+    lora_alpha: float | None = None  # their factor is alpha / rank; None: 1
+    lora_targets: str | None = None  # expression that names of adapted layers match; None: all layers of all blocks
     physical_batch_size: int = 256  # images; bounds memory, not the logical batch
     save_every: int = 10  # steps; a crash loses the paid steps since the last checkpoint
 
@@ -76,25 +81,35 @@ def finetune_private(
     config: PrivateTrainingConfig,
     folder: Path,
     *,
+    text: TextEmbeddings | None = None,
     assumptions: Sequence[str] = (),
     ledger: PrivacyLedger | None = None,
     progress: bool = True,
 ) -> PrivacyStatement:
     """Fine-tunes ``model`` in place on the coarse tokens of ``dataset`` under ``spec``; returns the statement.
 
-    Only the model's ``num_scales`` coarsest scales are ever computed from the images. Writes ``log.csv`` (whose losses
-    are NOT private), ``ledger.jsonl`` (unless ``ledger`` is given, as where runs share a budget; it stays open),
-    ``checkpoint/``, ``model/`` (the averaged weights), ``privacy.json`` and ``privacy.txt`` in ``folder``, and
-    ``label_histogram.json`` where ``spec`` charges one, released before the first step. A run that Ctrl-C stopped
-    leaves all of them, and the same call continues it; steps that were charged and lost in a crash stay charged, and
-    the statement says how many.
+    Only the model's ``num_scales`` coarsest scales are ever computed from the images. A record is an image with its
+    class and its row of ``text``, the embedding of its caption. LoRA adapters are merged into the model.
+
+    Writes ``log.csv`` (whose losses are NOT private), ``ledger.jsonl`` (unless ``ledger`` is given, as where runs share
+    a budget; it stays open), ``checkpoint/``, ``model/`` (the averaged weights), ``privacy.json`` and ``privacy.txt``
+    in ``folder``, and ``label_histogram.json`` where ``spec`` charges one, released before the first step. A run that
+    Ctrl-C stopped leaves all of them, and the same call continues it; steps that were charged and lost in a crash stay
+    charged, and the statement says how many.
 
     Raises ValueError when data, tokenizer, model and specification do not fit, before anything is charged.
     """
     _check_inputs(dataset, tokenizer, model, spec)
+    check_text(model, text, len(dataset), dataset.name)
     device = model.class_embedding.weight.device
     tokens, labels = tokenize(tokenizer, dataset, model.config.num_scales), dataset.labels
-    freeze_all_but(model, config.trainable)
+    choose_trainable(
+        model,
+        config.trainable,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_targets=config.lora_targets,
+    )
     model.zero_grad(set_to_none=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = DPAdam(trained, lr=config.learning_rate, ema_decay=config.ema_decay)
@@ -121,7 +136,8 @@ def finetune_private(
                 for step, indices in enumerate(sampler, start=start):
                     total = 0.0
                     for chunk in physical_batches(indices, config.physical_batch_size):
-                        losses = model.loss(tokens[chunk].to(device), labels[chunk].to(device))
+                        given = () if text is None else text.rows(chunk, device)
+                        losses = model.loss(tokens[chunk].to(device), labels[chunk].to(device), *given)
                         private.backward(losses, records=chunk)
                         total += float(losses.detach().sum())
                     whole = False
@@ -142,7 +158,8 @@ def finetune_private(
                 raise StateError(
                     f"all {ledger.charged} charged steps were lost before a checkpoint; there is no fine-tuned model"
                 )
-            covered = ASSUMPTIONS if ledger.budget is None else SHARED_ASSUMPTIONS
+            covered: tuple[str, ...] = ASSUMPTIONS if ledger.budget is None else SHARED_ASSUMPTIONS
+            covered = covered if text is None else (*covered, TEXT_ASSUMPTION)
             statement = PrivacyStatement.from_run(private, assumptions=[*covered, *assumptions])
             statement = replace(statement, warnings=(*statement.warnings, *skipped))
             if released < ledger.charged:
@@ -154,6 +171,7 @@ def finetune_private(
             with torch.no_grad():
                 for parameter in trained:
                     parameter.copy_(optimizer.state[parameter]["average"])
+            merge_lora(model)
             model.config = replace(model.config, privately_trained=True)
             export_model(model, folder / "model")
             write_statement(statement, folder)
@@ -198,19 +216,6 @@ def write_statement(statement: PrivacyStatement, folder: Path) -> None:
     """``privacy.json`` for programs and ``privacy.txt`` for people."""
     write_bytes(folder / "privacy.json", (statement.to_json() + "\n").encode())
     write_bytes(folder / "privacy.txt", statement.to_text().encode())
-
-
-def freeze_all_but(model: torch.nn.Module, pattern: str) -> None:
-    """Trains the parameters whose name matches ``pattern`` from its start, and freezes the others."""
-    try:
-        wanted = re.compile(pattern)
-    except re.error as error:
-        raise InvalidValueError(f"trainable={pattern!r} is not a regular expression: {error}") from error
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(wanted.match(name) is not None)
-    if not any(p.requires_grad for p in model.parameters()):
-        names = ", ".join(name for name, _ in list(model.named_parameters())[:4])
-        raise InvalidValueError(f"trainable={pattern!r} matches no parameter; names look like {names}")
 
 
 def export_model(model: AutoregressiveTransformer, folder: Path) -> None:

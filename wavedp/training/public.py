@@ -4,6 +4,7 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from wavedp.models import (
     AutoregressiveTransformer,
     SpectralTokenizer,
     SpectralTokenizerConfig,
+    TextEmbeddings,
     check_compatible,
 )
 from wavedp.models import save_model as save
@@ -73,9 +75,19 @@ def train_tokenizer(
 
 
 def autoregressive_config(
-    tokenizer: SpectralTokenizer, *, classes: tuple[str, ...], num_scales: int, width: int, depth: int, heads: int
+    tokenizer: SpectralTokenizer,
+    *,
+    classes: tuple[str, ...],
+    num_scales: int,
+    width: int,
+    depth: int,
+    heads: int,
+    text: TextEmbeddings | None = None,
+    **others: Any,
 ) -> AutoregressiveConfig:
-    """Sizes that fit a tokenizer's codebooks and grid."""
+    """Sizes that fit a tokenizer's codebooks and grid, and the text; ``others`` are fields of the configuration."""
+    if text is not None:
+        others |= {"text_length": text.embeddings.shape[1], "text_width": text.embeddings.shape[2]}
     return AutoregressiveConfig(
         num_classes=len(classes),
         tokens_per_scale=tokenizer.layout.tokens_per_scale,
@@ -87,6 +99,7 @@ def autoregressive_config(
         heads=heads,
         class_names=classes,
         tokenizer_fingerprint=tokenizer.fingerprint(),
+        **others,
     )
 
 
@@ -120,23 +133,44 @@ def pretrain_autoregressive(
     training: TrainingConfig,
     folder: Path,
     *,
+    text: TextEmbeddings | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> AutoregressiveTransformer:
-    """Trains the autoregressive model on the tokens of public images and writes it to ``folder``/model."""
-    _need_images(dataset, "the autoregressive model")
-    check_compatible(tokenizer, config)
-    tokens = tokenize(tokenizer, dataset, config.num_scales)
-    labels = dataset.labels
+    """Trains the autoregressive model on the tokens of public images and writes it to ``folder``/model.
+
+    ``text`` has a row for each image, where the model takes text.
+    """
     torch.manual_seed(training.seed)
     model = AutoregressiveTransformer(config).to(device)
+    fit_tokens(model, dataset, tokenizer, training, folder, text=text, progress=progress)
+    return model
+
+
+def fit_tokens(
+    model: AutoregressiveTransformer,
+    dataset: ImageDataset,
+    tokenizer: SpectralTokenizer,
+    training: TrainingConfig,
+    folder: Path,
+    *,
+    text: TextEmbeddings | None = None,
+    progress: bool = True,
+) -> None:
+    """Trains ``model`` in place, without privacy, on the tokens of ``dataset``; otherwise `pretrain_autoregressive`."""
+    _need_images(dataset, "the autoregressive model")
+    check_compatible(tokenizer, model.config)
+    check_text(model, text, len(dataset), dataset.name)
+    tokens = tokenize(tokenizer, dataset, model.config.num_scales)
+    labels = dataset.labels
+    device = model.class_embedding.weight.device
 
     def losses(generator: torch.Generator) -> Losses:
         picks = torch.randint(len(tokens), (training.batch_size,), generator=generator)
-        return {"loss": model.loss(tokens[picks].to(device), labels[picks].to(device)).mean()}
+        given = () if text is None else text.rows(picks, device)
+        return {"loss": model.loss(tokens[picks].to(device), labels[picks].to(device), *given).mean()}
 
     fit_and_save(model, losses, training, folder, title="pretrain", progress=progress)
-    return model
 
 
 def fit_and_save(
@@ -156,6 +190,26 @@ def fit_and_save(
         save(model, folder / "model")
         raise
     save(model, folder / "model")
+
+
+def check_text(model: AutoregressiveTransformer, text: TextEmbeddings | None, images: int, name: str) -> None:
+    """Raises ValueError unless ``text`` is what the model takes, a row for each of ``images``."""
+    config = model.config
+    if (text is None) != (config.text_length == 0):
+        raise InvalidValueError(
+            f"the model takes no text, but texts were given for {name}; leave them out"
+            if text is not None
+            else f"the model takes text, and {name} has none: give its embeddings (--text), a row for each image"
+        )
+    if text is None:
+        return
+    rows, length, width = text.embeddings.shape
+    if rows != images:
+        raise InvalidValueError(f"{rows} texts for the {images} images of {name}")
+    if length > config.text_length or width != config.text_width:
+        raise InvalidValueError(
+            f"texts of {length} tokens and width {width} for a model of {config.text_length} and {config.text_width}"
+        )
 
 
 def _need_images(dataset: ImageDataset, what: str) -> None:

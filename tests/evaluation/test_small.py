@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from wavedp.data import load_digits_dataset, to_unit_range
-from wavedp.training.evaluation import classifier_accuracy, evaluate_synthetic
+from wavedp.evaluation.small import classifier_accuracy, evaluate_synthetic
 
 
 def bars(n, seed, size=8, channels=1):
