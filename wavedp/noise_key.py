@@ -121,7 +121,7 @@ def _wipe_all() -> None:
         key.wipe()
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: always here
     os.register_at_fork(after_in_child=_wipe_all)
 
 

@@ -138,6 +138,16 @@ def load_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, read_tensors(content, weights)
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file from elsewhere, on the CPU, its header judged first.
+
+    Raises FileNotFoundError, or BadFileError for anything but such a file.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"{path} is missing; give a safetensors file")
+    return read_tensors(path.read_bytes(), path)
+
+
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Copies ``tensors`` into ``model``; raises ValueError naming ``source`` when names or shapes differ."""
     try:

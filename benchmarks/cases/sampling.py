@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -103,7 +103,8 @@ def gpt2(size: Batch, length: int, device: torch.device) -> SamplingProvider:
             pad_token_id=size.codes + CLASSES,
             initializer_range=0.3,
         )
-        model = transformers.GPT2LMHeadModel(config).to(device).eval()
+        model: Any = transformers.GPT2LMHeadModel(config)
+        model = model.to(device).eval()
     banned = list(range(size.codes, size.codes + CLASSES + 1))
 
     def sample(labels: Tensor, temperature: float) -> Tensor:
@@ -203,12 +204,13 @@ def check(label: str, provider: SamplingProvider, labels: Tensor, length: int, c
 
 
 def batches(*counts: int, recomputed_to: int = 64, **sizes: int) -> list[Batch]:
-    return [Batch((n,), **sizes, recomputed=n <= recomputed_to) for n in counts]
+    made: Callable[[Shape], Batch] = partial(Batch, **sizes)  # type: ignore[arg-type]
+    return [replace(made((n,)), recomputed=n <= recomputed_to) for n in counts]
 
 
 QUICK = {"width": 16, "depth": 1, "heads": 2, "scales": 3, "tokens_per_scale": 4, "codes": 8}
-SMALL = {"width": 96, "depth": 3, "heads": 4, "scales": 3, "tokens_per_scale": 16, "codes": 256}  # 32 px
-LARGE = {"width": 768, "depth": 12, "heads": 12, "scales": 4, "tokens_per_scale": 64, "codes": 1024}  # 64 px
+OF_32_PX = {"width": 96, "depth": 3, "heads": 4, "scales": 3, "tokens_per_scale": 16, "codes": 256}
+OF_64_PX = {"width": 768, "depth": 12, "heads": 12, "scales": 4, "tokens_per_scale": 64, "codes": 1024}
 
 
 def cases(model: str, sizes: Mapping[str, Sequence[Batch]], scales: Sequence[int]) -> list[SamplingCase]:
@@ -218,13 +220,13 @@ def cases(model: str, sizes: Mapping[str, Sequence[Batch]], scales: Sequence[int
 
 CASES = [
     *cases(
-        "small",
+        "32px",
         {
             "quick": batches(2, **QUICK),
-            "cpu": batches(1, 64, 1024, **SMALL),
-            "cuda": batches(1, 64, 1024, recomputed_to=1024, **SMALL),
+            "cpu": batches(1, 64, 1024, **OF_32_PX),
+            "cuda": batches(1, 64, 1024, recomputed_to=1024, **OF_32_PX),
         },
         (1, 2, 3),
     ),
-    *cases("large", {"quick": [], "cpu": [], "cuda": batches(1, 64, 1024, **LARGE)}, (1, 2, 4)),
+    *cases("64px", {"quick": [], "cpu": [], "cuda": batches(1, 64, 1024, **OF_64_PX)}, (1, 2, 4)),
 ]

@@ -91,6 +91,7 @@ def page(cases: Sequence[Case]) -> str:
 
 
 def _cell(text: str) -> str:
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     for character in "\\|<>*_[]`":
         text = text.replace(character, "\\" + character)
     return text

@@ -30,7 +30,7 @@ from wavedp.data import idx, picture_file
 from wavedp.data.picture_file import decode_picture
 from wavedp.evaluation import small as evaluation
 from wavedp.privacy import accounting
-from wavedp.training import loop, pictures, results, runs
+from wavedp.training import loop, pictures, results, runs, trainable
 from wavedp.training import private as private_training
 from wavedp.training import superres as superres_training
 from wavedp.weights_file import read_tensors
@@ -87,7 +87,7 @@ class Workbench(dict[str, Any]):
             compat=compat, data=data, models=models, optim=optim, pipeline=pipeline, privacy=privacy,
             storage=storage, superres=superres, training=training, idx=idx, folder=data_folder,
             accounting=accounting, evaluation=evaluation, loop=loop, pictures=pictures, results=results,
-            runs=runs, private_training=private_training, superres_training=superres_training,
+            runs=runs, private_training=private_training, trainable=trainable, superres_training=superres_training,
             decode_picture=decode_picture, read_tensors=read_tensors, GOOD=GOOD, first=first, writes=writes,
             safetensors=safetensors_file, config=replaced, png=png, spec=spec, nothing=None,
         )  # fmt: skip

@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "training": {"wavedp", "pipeline", "functional", "optim"} | PARTS,
     "pipeline": {"models", "superres", "storage", "functional"},
     "data": {"storage", "extras", "functional"},
-    "models": {"storage", "extras", "functional", "weights_file"},
+    "models": {"storage", "weights_file", "extras", "functional"},
     "superres": {"storage", "extras", "functional"},
     "privacy": {"storage", "extras", "functional", "optim"},
     "compat": {"functional"},

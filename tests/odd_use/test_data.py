@@ -99,7 +99,7 @@ def test_two_loaders_of_one_run_take_turns(workers: int) -> None:
     for loader in itertools.islice(itertools.cycle(loaders), 4):
         steps += len(list(run.train(loader)))
     assert run.private.steps_charged == run.sampler.drawn >= steps > 10
-    assert run.private.irregularity() is None
+    run.private.check_regular()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -111,7 +111,7 @@ def test_a_batch_drawn_beside_the_loader(workers: int) -> None:
         for chunk in physical_batches(next(iter(run.sampler)), 3):
             run.private.backward(losses_of(run.model, inputs(RECORDS)[chunk]), records=chunk)
         run.private.step()
-    assert run.private.irregularity() is None
+    run.private.check_regular()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import wavedp
+from wavedp import PrivacyEngine, optim
 from wavedp.privacy import (
     AdaptiveClipping,
     Entropy,
@@ -23,6 +25,8 @@ from wavedp.privacy import (
     PrivacySpec,
     PrivateLoader,
     PrivateOptimizer,
+    label_probabilities,
+    physical_batches,
     release_label_histogram,
 )
 from wavedp.privacy.clipping import FLAT_GROUP, accumulation_dtype
@@ -124,6 +128,33 @@ def test_a_step_may_leave_weights_of_another_type(spec: MakeSpec, linear: nn.Lin
         private.step()
 
 
+def test_public_functions_name_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"activations of scaled_weight_grad need the axes \[B, ..., width\]"):
+        wavedp.scaled_weight_grad(torch.zeros(2, 3), torch.zeros(2), torch.ones(2))
+    with pytest.raises(ValueError, match="max_grad_norm that is positive and finite, not inf"):
+        wavedp.clip_and_sum([torch.zeros(2, 3)], 10**400)
+
+
+def test_runs_that_cannot_be_are_refused_first(spec: MakeSpec, linear: nn.Linear) -> None:
+    with pytest.raises(ValueError, match="loss_reduction must be 'mean', 'sum' or None, got 'max'"):
+        private_sgd(linear, spec(), loss_reduction="max")
+    frozen = nn.Sequential(linear, nn.Linear(2, 2).requires_grad_(False))
+    with pytest.raises(ValueError, match="leave frozen ones out of it"):
+        PrivateOptimizer(frozen, optim.DPSGD(frozen.parameters(), lr=1.0), spec())
+    with pytest.raises(ValueError, match=r"delta=0.001 is not below 1 / \(number of records\)"):
+        PrivacyEngine().make_private_with_spec(
+            spec=spec(),
+            module=linear,
+            optimizer=torch.optim.SGD(linear.parameters()),
+            data_loader=DataLoader(TensorDataset(torch.zeros(101, 3))),
+        )
+    assert "forward" not in vars(linear)
+    private = private_sgd(linear, spec())
+    private.step()
+    with pytest.raises(RuntimeError, match="batches were not checked"):
+        private.check_regular()
+
+
 # Sampling and batches
 
 
@@ -145,6 +176,11 @@ def test_equal_words_are_drawn_again() -> None:
     sampler._entropy.words = lambda *_: np.array(next(words), dtype=np.uint64)  # type: ignore[method-assign]
     assert next(iter(sampler)).tolist() == [1, 3]
     assert next(words, None) is None
+
+
+def test_indices_are_what_a_sampler_yields() -> None:
+    with pytest.raises(TypeError, match="indices must be a tensor, as a sampler yields it, got list"):
+        list(physical_batches([1, 2], 1))  # type: ignore[arg-type]
 
 
 def test_losses_of_announced_records_need_no_names(spec: MakeSpec, linear: nn.Linear) -> None:
@@ -223,6 +259,15 @@ def test_more_classes_than_strict_noise_is_charged_for(spec: MakeSpec) -> None:
     made = spec(noise_mode="strict", trainable_parameters=8, label_noise_multiplier=2.0)
     with pytest.raises(ValueError, match=f"at most {MOST_CLASSES} classes, got {MOST_CLASSES + 1}"):
         release_label_histogram(torch.zeros(3, dtype=torch.int64), MOST_CLASSES + 1, made)
+
+
+def test_probabilities_are_of_finite_counts() -> None:
+    for counts in ([1.0], torch.ones(2, 2), torch.ones(2, dtype=torch.complex64)):
+        with pytest.raises(TypeError, match=r"a tensor \[num_classes\]"):
+            label_probabilities(counts)  # type: ignore[arg-type]
+    for values in ([], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="finite, and of at least one class"):
+            label_probabilities(torch.tensor(values))
 
 
 def test_a_number_beyond_floats_is_not_finite() -> None:

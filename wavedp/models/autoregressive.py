@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.models.autoregressive_config import AutoregressiveConfig
-from wavedp.models.generation import SamplingOptions, generate_tokens
+from wavedp.models.generation import generate_tokens
 from wavedp.models.positions import RotaryPositions, coordinates
+from wavedp.models.sampling import SamplingOptions
 from wavedp.models.sizes import described
 from wavedp.models.transformer import CausalBlock
 

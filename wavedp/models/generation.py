@@ -8,113 +8,20 @@ product with the query, which grows with the sequence by copying; and nothing el
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavedp.models.lora import effective_weight
 from wavedp.models.positions import Rotation, rotated
 from wavedp.models.sampling import SamplingOptions, guided_logits, sample_tokens
+from wavedp.models.snapshot import Head, Snapshot, snapshot
 
 if TYPE_CHECKING:
     from wavedp.models.autoregressive import AutoregressiveTransformer
 
 GROWTH = 16  # positions by which keys and values grow: a copy in 16 steps that read as much each
-
-
-@dataclass
-class StepWeights:
-    """A block's weights [in, out] as a step uses them; those behind a norm hold the norm's weight."""
-
-    qkv: Tensor  # queries divided by sqrt(d)
-    projection: Tensor
-    mlp_in: Tensor
-    mlp_in_bias: Tensor
-    mlp_out: Tensor
-    mlp_out_bias: Tensor
-    attention_eps: Tensor  # [1, 1] float32
-    mlp_eps: Tensor
-
-
-@dataclass
-class Head:
-    """An output head, behind the last norm; and where the codes that it predicts are in the table of embeddings."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: Tensor
-    offset: int
-
-
-@dataclass
-class Snapshot:
-    """What the steps read: weights as they are at the start of a call, and the slots' positions and masks."""
-
-    blocks: list[StepWeights]
-    heads: list[Head]  # a scale each
-    embeddings: Tensor  # of the tokens
-    added: Tensor | None  # [length, D], to the slot that predicts a token
-    masks: Tensor  # [slots, slots] float32, 0 where a slot may look and -inf elsewhere
-    rotation: Rotation | None
-    heads_count: int
-
-    def tensors(self) -> list[Tensor]:
-        found = [value for part in (*self.blocks, *self.heads) for value in vars(part).values()]
-        found += [self.embeddings, self.added, self.masks, *(self.rotation or ())]
-        return [value for value in found if isinstance(value, Tensor)]
-
-
-def norm_eps(norm: nn.RMSNorm) -> float:
-    return torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
-
-
-def snapshot(model: "AutoregressiveTransformer", slots: int, length: int, dtype: torch.dtype) -> Snapshot:
-    """Reads ``model`` for sequences of ``slots`` slots and ``length`` tokens."""
-    config = model.config
-    device = model.class_embedding.weight.device
-
-    def behind(norm: nn.RMSNorm, layer: nn.Module, scale: Tensor | None = None) -> Tensor:
-        weight = effective_weight(layer) * norm.weight
-        return (weight if scale is None else weight * scale[:, None]).t().to(dtype)
-
-    def eps(norm: nn.RMSNorm) -> Tensor:
-        return torch.full((1, 1), norm_eps(norm), device=device)
-
-    scale = torch.ones(3 * config.width, device=device, dtype=model.class_embedding.weight.dtype)
-    scale[: config.width] = (config.width // config.heads) ** -0.5
-    blocks = []
-    for block in model.blocks:
-        part: Any = block.weights
-        blocks.append(
-            StepWeights(
-                behind(part.attention_norm, part.qkv, scale),
-                effective_weight(part.projection).t().to(dtype),
-                behind(part.mlp_norm, part.mlp_in),
-                part.mlp_in.bias.to(dtype),
-                effective_weight(part.mlp_out).t().to(dtype),
-                part.mlp_out.bias.float(),
-                eps(part.attention_norm),
-                eps(part.mlp_norm),
-            )
-        )
-    heads = []
-    for position in range(0, length, config.tokens_per_scale):
-        head: Any = model.head(position)
-        heads.append(Head(behind(model.norm, head), head.bias.to(dtype), eps(model.norm), model.offset(position)))
-    added = model.positions(torch.arange(length, device=device))
-    masks = torch.full((slots, slots), float("-inf"), device=device).triu(1)
-    return Snapshot(
-        blocks,
-        heads,
-        model.token_embedding.weight.float(),
-        None if added is None else added.float(),
-        masks.to(dtype),
-        None if config.position != "rotary" else model.rotary(0, slots),
-        config.heads,
-    )
 
 
 def normed(x: Tensor, eps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -286,9 +193,8 @@ class CompiledSteps:
 
     def __init__(self, model: "AutoregressiveTransformer", shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.slots, self.length, self.dtype = shape[3], shape[3] - model.config.text_length, dtype
-        taken = snapshot(model, self.slots, self.length, dtype)
         device = model.class_embedding.weight.device
-        self.taken = _owned(taken)
+        self.taken = snapshot(model, self.slots, self.length, dtype).copied()
         self.caches = [torch.zeros(shape, dtype=dtype, device=device) for _ in model.blocks]
         self.numbers = torch.arange(self.slots, device=device)
         kind = device.type
@@ -298,7 +204,7 @@ class CompiledSteps:
         self.function = self.functions[kind]
         if kind == "cuda":
             for tensor in (*self.taken.tensors(), *self.caches):
-                torch._dynamo.mark_static_address(tensor)  # type: ignore[attr-defined]
+                torch._dynamo.mark_static_address(tensor)
 
     @classmethod
     def of(cls, model: "AutoregressiveTransformer", shape: tuple[int, ...], dtype: torch.dtype) -> "CompiledSteps":
@@ -336,16 +242,3 @@ class CompiledSteps:
 def _at(rotation: Rotation, slot: int) -> Rotation:
     cos_q, sin_q, cos_k, sin_k = (part[slot] for part in rotation)
     return cos_q, sin_q, cos_k, sin_k
-
-
-def _owned(taken: Snapshot) -> Snapshot:
-    """A copy that shares no memory with the model, every matrix as contiguous as it was."""
-
-    def copied(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) else value
-
-    blocks = [StepWeights(**{k: copied(v) for k, v in vars(part).items()}) for part in taken.blocks]
-    heads = [Head(**{k: copied(v) for k, v in vars(part).items()}) for part in taken.heads]
-    cos_sin = None if taken.rotation is None else tuple(copied(part) for part in taken.rotation)
-    rest = [copied(value) for value in (taken.embeddings, taken.added, taken.masks)]
-    return Snapshot(blocks, heads, *rest, cos_sin, taken.heads_count)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +86,10 @@ def add_lora(model: nn.Module, rank: int, *, alpha: float | None = None, targets
             there[name].lora_B.requires_grad_(True)
             continue
         parent, _, child = name.rpartition(".")
-        base = model.get_submodule(name)
-        if min(base.in_features, base.out_features) < rank:  # type: ignore[operator]
+        base: Any = model.get_submodule(name)
+        if min(base.in_features, base.out_features) < rank:
             raise InvalidValueError(f"a LoRA rank of {rank} is more than layer {name!r} has: {base}")
-        setattr(model.get_submodule(parent), child, LoRALinear(base, rank, alpha))  # type: ignore[arg-type]
+        setattr(model.get_submodule(parent), child, LoRALinear(base, rank, alpha))
     return names
 
 

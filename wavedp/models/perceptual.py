@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wavedp.errors import BadFileError, InvalidValueError, MissingFileError
 from wavedp.extras import import_extra
-from wavedp.weights_file import read_tensors
+from wavedp.storage import load_tensors
 
 HUB = "hub:"
 # VGG-16's convolutions by their place in torchvision's `features`, a ReLU after each; None is 2 x 2 max pooling.
@@ -110,6 +110,6 @@ def load_perceptual(source: str | Path, device: torch.device | str = "cpu") -> P
             f'safetensors.torch as s; s.save_file(torch.load("{path.name}", weights_only=True), "vgg16.safetensors")\''
         )
     try:
-        return PerceptualDistance(read_tensors(path.read_bytes(), path)).to(device)
+        return PerceptualDistance(load_tensors(path)).to(device)
     except InvalidValueError as error:
         raise BadFileError(f"{path} holds no VGG-16: {error}") from error

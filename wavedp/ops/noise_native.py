@@ -29,19 +29,19 @@ def key_on(
     Raises:
         RuntimeError: a CUDA graph is being captured: it would keep the key, and repeat the noise.
     """
-    if device.type != "cuda":
-        yield key.data_ptr()
+    if device.type == "cuda":  # pragma: needs a GPU
+        if torch.cuda.is_current_stream_capturing():
+            raise StateError("noise cannot be captured in a CUDA graph: it would keep the key, and repeat the noise")
+        staged = torch.empty(32, dtype=torch.uint8, pin_memory=True)
+        memory = torch.empty(32, dtype=torch.uint8, device=device)
+        try:
+            memory.copy_(staged.copy_(key), non_blocking=True)
+            yield memory.data_ptr()
+        finally:
+            memory.zero_()
+            staged.copy_(memory, non_blocking=True)  # behind the copy of the key, on the stream
         return
-    if torch.cuda.is_current_stream_capturing():
-        raise StateError("noise cannot be captured in a CUDA graph: it would keep the key, and repeat the noise")
-    staged = torch.empty(32, dtype=torch.uint8, pin_memory=True)
-    memory = torch.empty(32, dtype=torch.uint8, device=device)
-    try:
-        memory.copy_(staged.copy_(key), non_blocking=True)
-        yield memory.data_ptr()
-    finally:
-        memory.zero_()
-        staged.copy_(memory, non_blocking=True)  # behind the copy of the key, on the stream
+    yield key.data_ptr()
 
 
 def chacha20_words_forward(key: Tensor, counter: int, nonce: Sequence[int], rounds: int, out: Tensor) -> None:
@@ -97,13 +97,13 @@ def noise_step_forward(
         for wide in sorted({one.param.dtype == torch.float64 for one in tensors}):
             rules = address, step, offset, rule, wide, strict, std, grid, divisor
             listed: tuple[Any, ...] = (addresses, sizes, kinds, constants)
-            if device.type == "cuda":
+            if device.type == "cuda":  # pragma: needs a GPU
                 table, form = table_on(device, rule, wide, *listed)
                 listed = table.data_ptr(), len(tensors), sum(sizes), form
             call("noise_step", tensors[0].param, *rules, *listed)
 
 
-def table_on(device: torch.device, rule: int, wide: bool, *listed: Any) -> tuple[Tensor, int]:
+def table_on(device: torch.device, rule: int, wide: bool, *listed: Any) -> tuple[Tensor, int]:  # pragma: needs a GPU
     """What a step's kernel reads of its tensors, in the memory of a device, and the form of the tensors."""
     cuda: Any = importlib.import_module("wavedp._csrc_cuda")
     size = cuda.noise_step_table_bytes(wide, len(listed[0]))

@@ -84,7 +84,7 @@ class GradientBook:
         """[rows] int64, the record of each row, in the next backward that a listener waits for."""
         self.attached = True
         compiled.prepare_compiler()
-        if any(parameter.device.type == "cpu" for parameter in self.parameters.values()):
+        if any(parameter.device.type == "cpu" for parameter in self.parameters.values()):  # pragma: always here
             keep_freed_memory()
         # A checkpoint loaded into the attached model changes buffers without reading private data.
         self._load_hooks = [m.register_load_state_dict_post_hook(self._on_load) for m in model.modules()]
@@ -174,7 +174,7 @@ class GradientBook:
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if model is not watched or not torch.is_grad_enabled():
                 return type(model).forward(model, *args, **kwargs)
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():  # pragma: compiled graph
                 return self._look_compiled(booked(model, *args, **kwargs))
             self._anchors.clear()
             self._rows = next((len(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim), None)
@@ -202,7 +202,7 @@ class GradientBook:
                 output, inputs = self._for_every_record(output, inputs)
                 return self._tap((path, use, inputs.ndim), output, inputs)
 
-        def compiled_tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:
+        def compiled_tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:  # pragma: compiled graph
             if use not in numbers:
                 numbers[use] = compiled.register(self, path, use)
             return compiled.tap(output, self._anchor, inputs, numbers[use])

@@ -158,7 +158,7 @@ def finetune_private(
                 raise StateError(
                     f"all {ledger.charged} charged steps were lost before a checkpoint; there is no fine-tuned model"
                 )
-            covered = ASSUMPTIONS if ledger.budget is None else SHARED_ASSUMPTIONS
+            covered: tuple[str, ...] = ASSUMPTIONS if ledger.budget is None else SHARED_ASSUMPTIONS
             covered = covered if text is None else (*covered, TEXT_ASSUMPTION)
             statement = PrivacyStatement.from_run(private, assumptions=[*covered, *assumptions])
             statement = replace(statement, warnings=(*statement.warnings, *skipped))
