@@ -60,6 +60,12 @@ def test_every_stage_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {row["images"] for row in rows} == {"60"}
     assert all(0 <= float(row["accuracy"]) <= 1 for row in rows)
 
+    from PIL import Image
+
+    with Image.open(tmp_path / "out" / "grid.png") as picture:
+        assert picture.width >= 10 * 64
+        assert picture.height >= len(STAGES) * 64
+
     model = load_autoregressive(tmp_path / "out" / "fine-tuned" / "model")
     assert model.config.privately_trained, "what learnt from real images must not pass for a public model"
     spec = PrivacySpec(

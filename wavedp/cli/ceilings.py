@@ -4,8 +4,8 @@
 The same number of images at every stage: real ones; reduced to the coarse scales and made large again, by bicubic
 interpolation and by the run's super-resolution network; the same through its tokenizer; sampled from its public model,
 and from that model after fine-tuning on the real tokens without clipping and noise; and sampled from the private models
-of --also. The classifier is that of 'wavedp evaluate --protocol dpimagebench --quick'. Writes results.csv; repeated
-after an interruption, it goes on.
+of --also. The classifier is that of 'wavedp evaluate --protocol dpimagebench --quick'. Writes results.csv and
+grid.png; repeated after an interruption, it goes on.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from wavedp.pipeline import CoarseToFinePipeline
 from wavedp.storage import write_bytes
 from wavedp.superres import SuperResolver
 from wavedp.training.loop import TrainingConfig
+from wavedp.training.pictures import save_grid
 from wavedp.training.public import fit_tokens
 from wavedp.training.runs import RunFolder
 
@@ -57,8 +58,10 @@ def run(arguments: argparse.Namespace) -> None:
     folder = RunFolder(arguments.out, shared.settings(arguments), overwrite=True)
     stages = Stages(arguments)
     rows: list[dict[str, Any]] = []
+    pictures: list[tuple[str, Tensor]] = []
     for name, make in stages.all().items():
         images, labels = make()
+        pictures.append((name.replace(", ", "\n"), first_of_each(images, labels, len(stages.classes))))
         train, validation = divided(images, labels)
         results = run_classifiers(
             [replace(QUICK, epochs=arguments.epochs)], range(arguments.num_seeds), train, validation, stages.test,
@@ -69,6 +72,16 @@ def run(arguments: argparse.Namespace) -> None:
             rows.append({"stage": name, "images": len(images), "seed": result.seed, "accuracy": result.accuracy})
             print(f"{name:40} seed {result.seed}: {100 * result.accuracy:.2f} %", flush=True)
         write_rows(folder / "results.csv", rows)
+    save_grid(folder / "grid.png", pictures, column_labels=stages.classes, title="NOT private")
+
+
+def first_of_each(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """The first image of every class, black where there is none: ``[num_classes, C, S, S]``."""
+    shown = images.new_zeros((num_classes, *images.shape[1:]))
+    for label in range(num_classes):
+        found = (labels == label).nonzero()[:1, 0]
+        shown[label : label + len(found)] = images[found]
+    return shown
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
