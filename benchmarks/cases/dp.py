@@ -50,7 +50,7 @@ QUICK_GPT = [gpt(4, 8, 32, 16, 2, 2)]
 QUICK_PIPELINE = [fine_tuning(4, 8, 2, 2, 16, 1, 2)]
 SMALL, WIDE = (16, 128, 1024, 256, 4, 8), (16, 64, 8192, 512, 2, 8)
 DEMO = fine_tuning(256, 128, 4, 1, 64, 3, 4)  # `wavedp demo`; 256 is its physical batch
-FASHION = fine_tuning(256, 256, 4, 2, 96, 3, 4)  # docs/fashion-mnist.md
+FASHION = fine_tuning(256, 256, 4, 2, 96, 3, 4)  # as in docs/quality.md, with 3 blocks
 
 CASES = [
     StepCase("gpt-256", trainers, {"quick": QUICK_GPT, "cpu": [gpt(*SMALL)], "cuda": [gpt(*SMALL)]}),
