@@ -44,6 +44,7 @@ STAGES = [
     "tokens, super-resolved",
     "public model",
     "fine-tuned without privacy",
+    "private, run",
 ]
 
 
@@ -52,7 +53,17 @@ def test_every_stage_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[s
     common = ["--no-progress", "--threads", "1"]
     assert main(["recipe", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), *common]) == 0
     command = ["ceilings", "--data", "digits", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
-    command += ["--num-images", "60", "--epochs", "1", "--steps", "1", *common]
+    command += [
+        "--also",
+        str(tmp_path / "run" / "pretrain"),
+        "--num-images",
+        "60",
+        "--epochs",
+        "1",
+        "--steps",
+        "1",
+        *common,
+    ]
     assert main(command) == 0
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -175,11 +175,17 @@ def training_config(arguments: argparse.Namespace) -> TrainingConfig:
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a run folder records: every argument that decides the result, and no other."""
     left_out = {"run", "out", "no_progress", "traceback", "threads", "device", "save_every", "physical_batch_size"}
-    return {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(arguments).items()
-        if key not in left_out
-    }
+
+    def plain(value: Any) -> Any:
+        return (
+            [plain(item) for item in value]
+            if isinstance(value, list)
+            else str(value)
+            if isinstance(value, Path)
+            else value
+        )
+
+    return {key: plain(value) for key, value in vars(arguments).items() if key not in left_out}
 
 
 def prepare_device(arguments: argparse.Namespace) -> torch.device:
