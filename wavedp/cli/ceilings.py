@@ -146,7 +146,8 @@ class Stages:
             training = TrainingConfig(steps=self.arguments.steps, batch_size=256, learning_rate=2e-3)
             model = load_autoregressive(self.arguments.run_folder / "pretrain" / "model")
             model.config = replace(model.config, privately_trained=True)  # so that nothing takes it for public
-            fit_tokens(model, private, self.tokenizer, training, folder)
+            progress = not self.arguments.no_progress
+            fit_tokens(model, private, self.tokenizer, training, folder, progress=progress)
         return load_autoregressive(folder / "model")
 
     def sampled(self, model: AutoregressiveTransformer) -> tuple[Tensor, Tensor]:
