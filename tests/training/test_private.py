@@ -2,10 +2,12 @@
 """Private fine-tuning: what it reads, what it charges, how it resumes."""
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +101,32 @@ def test_a_run_leaves_model_ledger_and_statement(
         assert not torch.equal(value, before[name]), name
     with PrivacyLedger(tmp_path / "ledger.jsonl", SPEC) as ledger:
         assert ledger.remaining == 0
+
+
+def test_the_learning_rate_follows_the_charged_steps(
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A cosine over all steps of the specification, also where a crash lost some of them."""
+    rates: list[float] = []
+    step = DPAdam.step
+
+    def recorded(self: DPAdam, *arguments: Any, **named: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        if len(rates) == 4:
+            raise RuntimeError("power cut")
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr(DPAdam, "step", recorded)
+    config = replace(CONFIG, schedule="cosine", warmup_steps=2)
+    with pytest.raises(RuntimeError, match="power cut"):
+        finetune_private(dataset, tokenizer, make_model(), SPEC, config, tmp_path, progress=False)
+    finetune_private(dataset, tokenizer, make_model(), SPEC, config, tmp_path, progress=False)
+    cosine = [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+    assert rates == pytest.approx([1e-2 * c * w for c, w in zip(cosine, [0.5, *[1.0] * 7])])
+    constant = replace(CONFIG, warmup_steps=4)
+    assert [constant.rate(i, 8) for i in range(6)] == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2, 1e-2, 1e-2])
+    with pytest.raises(ValueError, match="schedule must be one of constant, cosine, got 'linear'"):
+        replace(CONFIG, schedule="linear")
 
 
 def test_the_model_holds_the_average_of_the_released_weights(

@@ -27,6 +27,7 @@ from wavedp.errors import InvalidValueError
 from wavedp.models import load_autoregressive, load_tokenizer
 from wavedp.privacy import PrivacyBudget, PrivacyLedger, PrivacySpec
 from wavedp.privacy.ledger_budget import COMPOSITIONS
+from wavedp.training.loop import SCHEDULES
 from wavedp.training.private import PrivateTrainingConfig, finetune_private
 from wavedp.training.results import save_log
 from wavedp.training.runs import RunFolder
@@ -60,7 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_privacy(parser)
     add_ledger(parser)
     group = parser.add_argument_group("training (free of privacy cost)")
-    group.add_argument("--learning-rate", type=shared.positive_float, default=1e-3, help="of Adam")
+    group.add_argument("--learning-rate", type=shared.positive_float, default=1e-3, help="of Adam, at its peak")
+    group.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="of the learning rate over --steps (default: constant)",
+    )
+    group.add_argument(
+        "--warmup-steps", type=shared.bounded(int, minimum=0), metavar="STEPS",
+        help="over which the learning rate rises (default: 0)",
+    )  # fmt: skip
     group.add_argument(
         "--ema-decay",
         type=shared.bounded(float, minimum=0, below=1),
@@ -189,6 +199,8 @@ def run(arguments: argparse.Namespace) -> None:
         spec = privacy_spec(arguments, choose_trainable(model, arguments.trainable, **lora(arguments)))
     config = PrivateTrainingConfig(
         learning_rate=arguments.learning_rate,
+        schedule=arguments.schedule or "constant",
+        warmup_steps=arguments.warmup_steps or 0,
         ema_decay=arguments.ema_decay,
         trainable=arguments.trainable,
         **lora(arguments),

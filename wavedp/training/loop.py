@@ -24,6 +24,7 @@ from wavedp.training.runs import CsvLog
 
 Losses = dict[str, Tensor]
 PRECISIONS = ("float32", "bfloat16")
+SCHEDULES = ("constant", "cosine")
 
 
 class Opponent(Protocol):
@@ -69,8 +70,14 @@ class TrainingConfig:
 
     def rate(self, step: int) -> float:
         """Learning rate of ``step``, counted from 0."""
-        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        return self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.learning_rate * scheduled("cosine", step, self.steps, self.warmup_steps)
+
+
+def scheduled(schedule: str, step: int, steps: int, warmup_steps: int) -> float:
+    """The factor of the learning rate in ``step`` of ``steps``, counted from 0: it warms up linearly, and one of
+    SCHEDULES falls from 1 to 0 over the steps."""
+    warmup = min(1.0, (step + 1) / max(1, warmup_steps))
+    return warmup if schedule == "constant" else warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

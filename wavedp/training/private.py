@@ -30,7 +30,7 @@ from wavedp.privacy.validation import check_integer, check_real
 from wavedp.storage import make_folder, write_bytes
 from wavedp.training.checkpoints import load_newest, save_generation
 from wavedp.training.interrupt import DeferredInterrupt
-from wavedp.training.loop import optimizer_tensors, restore_optimizer
+from wavedp.training.loop import SCHEDULES, optimizer_tensors, restore_optimizer, scheduled
 from wavedp.training.public import check_text, tokenize
 from wavedp.training.runs import CsvLog
 from wavedp.training.trainable import choose_trainable
@@ -55,6 +55,8 @@ class PrivateTrainingConfig:
     """What may be chosen without touching the guarantee; everything that makes the guarantee is in `PrivacySpec`."""
 
     learning_rate: float = 1e-3
+    schedule: str = "constant"  # of the learning rate over the charged steps, or "cosine": it ends near 0
+    warmup_steps: int = 0  # over which the learning rate rises
     ema_decay: float = 0.95  # of the released weights, per step; 0 takes the last weights
     trainable: str = ".*"  # 'all', 'last-K-blocks', 'heads', or an expression that names of parameters match
     lora_rank: int | None = None  # of adapters that are trained in place of layers, and merged into the model
@@ -66,8 +68,15 @@ class PrivateTrainingConfig:
     def __post_init__(self) -> None:
         check_real("learning_rate", self.learning_rate, above=0.0)
         check_real("ema_decay", self.ema_decay, at_least=0.0, below=1.0)
+        check_integer("warmup_steps", self.warmup_steps, at_least=0)
         for name in ("physical_batch_size", "save_every"):
             check_integer(name, getattr(self, name), at_least=1)
+        if self.schedule not in SCHEDULES:
+            raise InvalidValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of ``step`` of ``steps``, counted from 0: public constants, whatever the data."""
+        return self.learning_rate * scheduled(self.schedule, step, steps, self.warmup_steps)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -140,6 +149,8 @@ def finetune_private(
                         losses = model.loss(tokens[chunk].to(device), labels[chunk].to(device), *given)
                         private.backward(losses, records=chunk)
                         total += float(losses.detach().sum())
+                    for group in optimizer.param_groups:
+                        group["lr"] = config.rate(step, spec.steps)
                     whole = False
                     private.step()
                     released, whole = released + 1, True
