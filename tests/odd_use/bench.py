@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wavedp import PrivacyEngine
-from wavedp.privacy import EngineOptimizer, PrivacySpec, PrivateOptimizer, clip_and_sum
+from wavedp.privacy import EngineOptimizer, PoissonSampler, PrivacySpec, PrivateOptimizer, clip_and_sum
 
 RECORDS, EXPECTED, BOUND = 6, 8.0, 0.5
 
@@ -123,3 +123,24 @@ class Bench:
         assert_close(self.moved(), clipped_by_loop(reference, self.x if x is None else x))
         assert torch.equal(self.model.frozen.weight, self.before["frozen.weight"])
         assert not self.private.pending
+
+
+# With noise and a sampler: steps that count and batches that are drawn
+
+SAMPLED_RECORDS = 40
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1.0)
+
+
+def noisy(**changes: Any) -> PrivacySpec:
+    return specification(**{"noise_multiplier": 1.0, "steps": 24, **changes})
+
+
+def sampled(
+    model: nn.Module, spec: PrivacySpec, records: int = SAMPLED_RECORDS, **options: Any
+) -> tuple[PrivateOptimizer, PoissonSampler]:
+    left = options["ledger"].remaining if "ledger" in options else None
+    sampler = PoissonSampler.for_spec(spec, records, steps=left)
+    return PrivateOptimizer(model, sgd(model), spec, sampler=sampler, **options), sampler

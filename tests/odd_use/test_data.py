@@ -10,50 +10,41 @@ from typing import Any
 
 import pytest
 import torch
-from bench import EXPECTED, assert_close, clipped_by_loop, inputs, losses_of, net, specification
-from torch import Tensor, nn
+from bench import (
+    EXPECTED,
+    SAMPLED_RECORDS,
+    assert_close,
+    clipped_by_loop,
+    inputs,
+    losses_of,
+    net,
+    noisy,
+    sampled,
+    sgd,
+    specification,
+)
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from wavedp import PrivacyEngine
 from wavedp.errors import InvalidValueError, StateError
 from wavedp.privacy import (
     LedgerError,
-    PoissonSampler,
     PrivacyLedger,
-    PrivacySpec,
     PrivacyStatement,
     PrivateLoader,
-    PrivateOptimizer,
     physical_batches,
 )
-
-RECORDS = 40
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=1.0)
-
-
-def noisy(**changes: Any) -> PrivacySpec:
-    return specification(**{"noise_multiplier": 1.0, "steps": 24, **changes})
-
-
-def sampled(
-    model: nn.Module, spec: PrivacySpec, records: int = RECORDS, **options: Any
-) -> tuple[PrivateOptimizer, PoissonSampler]:
-    left = options["ledger"].remaining if "ledger" in options else None
-    sampler = PoissonSampler.for_spec(spec, records, steps=left)
-    return PrivateOptimizer(model, sgd(model), spec, sampler=sampler, **options), sampler
 
 
 class Indexed(Dataset[tuple[Tensor, int]]):
     """Record i is row i of the inputs, with its index; ``failing`` records raise once."""
 
     def __init__(self, failing: int | None = None) -> None:
-        self.x, self.failing = inputs(RECORDS), failing
+        self.x, self.failing = inputs(SAMPLED_RECORDS), failing
 
     def __len__(self) -> int:
-        return RECORDS
+        return SAMPLED_RECORDS
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if index == self.failing:
@@ -109,7 +100,7 @@ def test_a_batch_drawn_beside_the_loader(workers: int) -> None:
     for _ in range(3):
         list(run.train(loader))
         for chunk in physical_batches(next(iter(run.sampler)), 3):
-            run.private.backward(losses_of(run.model, inputs(RECORDS)[chunk]), records=chunk)
+            run.private.backward(losses_of(run.model, inputs(SAMPLED_RECORDS)[chunk]), records=chunk)
         run.private.step()
     run.private.check_regular()
 
@@ -151,12 +142,12 @@ def test_gradients_accumulated_by_hand() -> None:
     """A loss over N micro-batches divided by N: the logical batch is clipped as such, once for every record."""
     model = net()
     engine = PrivacyEngine()
-    x = inputs(RECORDS)
+    x = inputs(SAMPLED_RECORDS)
     _, optimizer, loader = engine.make_private_with_spec(
         spec=specification(),
         module=model,
         optimizer=sgd(model),
-        data_loader=DataLoader(TensorDataset(x, torch.arange(RECORDS)), batch_size=4),
+        data_loader=DataLoader(TensorDataset(x, torch.arange(SAMPLED_RECORDS)), batch_size=4),
         physical_batch_size=3,
         without_privacy=True,
     )
@@ -183,7 +174,7 @@ def train_without_steps(run: Announced) -> None:
 
 def test_logical_batches_accumulated_by_hand() -> None:
     """Every fourth batch stepped: the three before it would have been skipped."""
-    run = Announced(physical=RECORDS)
+    run = Announced(physical=SAMPLED_RECORDS)
     with pytest.raises((StateError, InvalidValueError), match=r"2 batches were drawn and not stepped|comes twice"):
         train_without_steps(run)
     assert torch.equal(run.model.first.weight, net().first.weight)
@@ -194,10 +185,10 @@ def test_an_exception_between_micro_batches() -> None:
     run = Announced(physical=2, sample_rate=0.5)
     batches = iter(run.sampler)
     parts = list(physical_batches(next(batches), 2))
-    run.private.backward(losses_of(run.model, inputs(RECORDS)[parts[0]]), records=parts[0])
+    run.private.backward(losses_of(run.model, inputs(SAMPLED_RECORDS)[parts[0]]), records=parts[0])
     following = next(batches)[:2]
     for call in (
-        lambda: run.private.backward(losses_of(run.model, inputs(RECORDS)[following]), records=following),
+        lambda: run.private.backward(losses_of(run.model, inputs(SAMPLED_RECORDS)[following]), records=following),
         run.private.step,
     ):
         with pytest.raises(StateError, match="2 batches were drawn"):
@@ -225,7 +216,7 @@ def test_other_data_on_resume_is_charged_and_clipped_alike(change: Callable[[Ten
     of the run together cost what the plan says. The batches are those of the data that are there."""
     spec = specification(steps=8)
     model = net()
-    for x, steps in ((inputs(RECORDS), 4), (change(inputs(RECORDS)), 4)):
+    for x, steps in ((inputs(SAMPLED_RECORDS), 4), (change(inputs(SAMPLED_RECORDS)), 4)):
         with (
             PrivacyLedger(tmp_path / "ledger", spec) as ledger,
             sampled(model, spec, len(x), ledger=ledger, reserve_steps=1, without_privacy=True)[0] as private,

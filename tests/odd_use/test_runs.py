@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from bench import Bench, assert_close, inputs, losses_of, net, specification
+from bench import (
+    SAMPLED_RECORDS,
+    Bench,
+    assert_close,
+    inputs,
+    losses_of,
+    net,
+    noisy,
+    sampled,
+    sgd,
+    specification,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,28 +31,8 @@ from wavedp.functional import NoiseKey
 from wavedp.privacy import (
     PoissonSampler,
     PrivacyLedger,
-    PrivacySpec,
     PrivateOptimizer,
 )
-
-RECORDS = 40
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=1.0)
-
-
-def noisy(**changes: Any) -> PrivacySpec:
-    return specification(**{"noise_multiplier": 1.0, "steps": 24, **changes})
-
-
-def sampled(
-    model: nn.Module, spec: PrivacySpec, records: int = RECORDS, **options: Any
-) -> tuple[PrivateOptimizer, PoissonSampler]:
-    left = options["ledger"].remaining if "ledger" in options else None
-    sampler = PoissonSampler.for_spec(spec, records, steps=left)
-    return PrivateOptimizer(model, sgd(model), spec, sampler=sampler, **options), sampler
-
 
 # Engines and modules
 
@@ -165,7 +156,7 @@ def owned(tmp_path: Path) -> dict[str, Any]:
     """Everything that a run is made of and that must not be there twice."""
     model = net()
     engine = PrivacyEngine()
-    data = DataLoader(TensorDataset(inputs(RECORDS)), batch_size=4)
+    data = DataLoader(TensorDataset(inputs(SAMPLED_RECORDS)), batch_size=4)
     _, optimizer, loader = engine.make_private_with_spec(
         spec=noisy(), module=model, optimizer=sgd(model), data_loader=data
     )
@@ -224,7 +215,7 @@ def test_one_sampler_for_two_optimizers() -> None:
     private.close()
     with pytest.raises(StateError, match="build a sampler for each"):
         PrivateOptimizer(second, sgd(second), noisy(), sampler=sampler)
-    bad = PoissonSampler.for_spec(noisy(), RECORDS)
+    bad = PoissonSampler.for_spec(noisy(), SAMPLED_RECORDS)
     with pytest.raises(InvalidValueError):  # and one that no run came of is free
         PrivateOptimizer(second, sgd(second), noisy(sample_rate=0.5), sampler=bad)
     PrivateOptimizer(second, sgd(second), noisy(), sampler=bad)
