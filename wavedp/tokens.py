@@ -24,6 +24,8 @@ from wavedp.ops.wavelet_tokens import check_grid, scale_channels, token_shapes
 
 Constants: TypeAlias = Sequence[float | Tensor]
 
+_NUMBERS = (float, int)
+
 
 def wavelet_tokens(
     x: Tensor,  # [B, C, H, W], uint8 too
@@ -217,15 +219,13 @@ def _constants(
     divide: bool,
 ) -> tuple[Tensor, Tensor]:
     """``factor`` times the mean, and times the deviation or its inverse, of every channel of the scales."""
-    means, deviations = (
-        _checked_constants(op, name, constants, absent, levels, channels)
-        for name, constants, absent in (("mean", mean, 0.0), ("std", std, 1.0))
-    )
     dtype, device = torch.float64 if like.dtype == torch.float64 else torch.float32, like.device
-    if not [entry for entry in (*means, *deviations) if isinstance(entry, Tensor)]:
+    if _are_numbers(mean, levels + 1) and _are_numbers(std, levels + 1):
         # What is made under a mode or a gradient is not for later calls.
-        spread = _cached_spread_numbers if is_plain(like) else _spread_numbers
-        return spread(tuple(means), tuple(deviations), tuple(channels), factor, dtype, device, divide)
+        numbers = _cached_numbers if is_plain(like) else _numbers
+        pair = mean and tuple(mean), std and tuple(std)
+        return numbers(op, *pair, levels, tuple(channels), factor, dtype, device, divide)
+    means, deviations = _both_checked(op, mean, std, levels, channels)
     shift, scale = (
         torch.cat([_spread(entry, count, dtype, device) for entry, count in zip(constants, channels)])
         for constants in (means, deviations)
@@ -235,9 +235,20 @@ def _constants(
     return shift, scale.reciprocal() if divide else scale
 
 
-def _spread_numbers(
-    means: Sequence[Any],
-    deviations: Sequence[Any],
+def _are_numbers(constants: Any, count: int) -> bool:
+    """Whether there are none, or a list or tuple of so many of Python's own numbers."""
+    return constants is None or (
+        type(constants) in (list, tuple)
+        and len(constants) == count
+        and not [entry for entry in constants if type(entry) not in _NUMBERS]
+    )
+
+
+def _numbers(
+    op: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    levels: int,
     channels: Sequence[int],
     factor: float,
     dtype: torch.dtype,
@@ -245,6 +256,7 @@ def _spread_numbers(
     divide: bool,
 ) -> tuple[Tensor, Tensor]:
     """:func:`_constants` of numbers alone: one tensor for both, made at once."""
+    means, deviations = _both_checked(op, mean, std, levels, channels)
     scales = [1 / (factor * value) if divide else factor * value for value in deviations]
     values = [factor * value for value, count in zip(means, channels) for _ in range(count)]
     values += [value for value, count in zip(scales, channels) for _ in range(count)]
@@ -253,7 +265,7 @@ def _spread_numbers(
     return shift, scale
 
 
-_cached_spread_numbers = functools.lru_cache(maxsize=256)(_spread_numbers)
+_cached_numbers = functools.lru_cache(maxsize=256)(_numbers)
 
 
 def _spread(entry: float | Tensor, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -261,6 +273,15 @@ def _spread(entry: float | Tensor, count: int, dtype: torch.dtype, device: torch
     if type(entry) is Tensor and entry.dtype is dtype and entry.device == device and entry.ndim == 1:
         return entry
     return torch.as_tensor(entry, dtype=dtype, device=device).expand(count)
+
+
+def _both_checked(
+    op: str, mean: Any, std: Any, levels: int, channels: Sequence[int]
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    return (
+        _checked_constants(op, "mean", mean, 0.0, levels, channels),
+        _checked_constants(op, "std", std, 1.0, levels, channels),
+    )
 
 
 def _checked_constants(

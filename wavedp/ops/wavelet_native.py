@@ -183,8 +183,9 @@ def waverec2_forward(
     out: Tensor | None = None,
 ) -> Tensor:  # [..., height, width]
     """:func:`wavedp.reference.wavelet.waverec2_forward` by a compiled library."""
-    bands = [band if band is None or band.is_contiguous() else band.contiguous() for band in bands]
     first = bands[0] if bands[0] is not None else next(band for band in bands if band is not None)
+    if [band for band in bands if band is not None and not band.is_contiguous()]:
+        bands = [None if band is None else band.contiguous() for band in bands]
     dtype = first.dtype
     n, image = _image_plan(first.shape, dtype, first.device, height, width)
     if out is None:
