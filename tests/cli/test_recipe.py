@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`wavedp recipe`: the file, the order of the stages, what is run again and what is not."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from wavedp.cli import main
 from wavedp.cli.recipe_file import Stage, read_recipe
 from wavedp.errors import BadFileError, MissingFileError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+CONFIGS = [path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.toml")) if "study" not in path.stem]
 
 SMALL = """
 summary = "digits in seconds"
@@ -148,6 +149,34 @@ def test_a_recipe_runs_and_finished_stages_are_not_run_again(
     assert "4/4 sample\n" in printed
     assert model.stat().st_mtime_ns == before
     assert len(list((out / "sample" / "images").rglob("*.png"))) == 10
+
+
+def test_finished_stages_are_known_in_a_moved_folder_and_by_a_former_digest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write(tmp_path, SMALL[: SMALL.index("[finetune]")])
+    common = ["--no-progress", "--threads", "1"]
+    assert main(["recipe", str(recipe), "--out", str(tmp_path / "run"), *common]) == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    out = tmp_path / "moved"
+    capsys.readouterr()
+    assert main(["recipe", str(recipe), "--out", str(out), *common]) == 0
+    assert capsys.readouterr().out.count("finished before") == 2
+
+    summary = json.loads((out / "summary.json").read_text())
+    digest = hashlib.sha256()  # of the lines so far, --out in them, as summaries had it
+    for stage in read_recipe(recipe).stages:
+        line = [*stage.arguments(out, ""), f"--out={out / stage.name}", "--seed=0"]
+        digest.update(json.dumps(line).encode())
+        summary["stages"][stage.name]["settings"] = digest.hexdigest()
+    del summary["command"]
+    (out / "summary.json").write_text(json.dumps(summary))
+    assert main(["recipe", str(recipe), "--out", str(out), *common]) == 0
+    assert capsys.readouterr().out.count("finished before") == 2
+    summary["stages"]["tokenizer"]["settings"] = "0" * 64
+    (out / "summary.json").write_text(json.dumps(summary))
+    assert main(["recipe", str(recipe), "--out", str(out), *common]) == 0
+    assert capsys.readouterr().out.count("finished before") == 1
 
 
 def test_a_stage_that_fails_is_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,10 @@ from wavedp.models import TextEmbeddings
 from wavedp.training.loop import TrainingConfig
 
 Number = TypeVar("Number", int, float)
+WITHOUT_EFFECT = frozenset(
+    {"out", "no_progress", "traceback", "threads", "device", "save_every", "physical_batch_size"}
+)
+"""Arguments that do not decide a result."""
 
 
 def bounded(
@@ -120,11 +124,21 @@ def open_data(
     )
     report_skipped(dataset)
     held_out = getattr(arguments, "hold_out", None)
-    if held_out is None:
-        return dataset
-    if held_out >= len(dataset):
-        raise InvalidValueError(f"--hold-out {held_out} leaves nothing of the {len(dataset)} images of {dataset.name}")
-    return dataset.subset(torch.arange(len(dataset) - held_out))
+    return dataset if held_out is None else dataset.subset(torch.arange(len(dataset) - _held_out(dataset, held_out)))
+
+
+def open_held_out(arguments: argparse.Namespace, *, image_size: int, channels: int) -> ImageDataset:
+    """The images that ``--hold-out`` leaves out of ``--data``."""
+    whole = argparse.Namespace(**{**vars(arguments), "hold_out": None})
+    dataset = open_data(whole, image_size=image_size, channels=channels)
+    held_out = _held_out(dataset, arguments.hold_out)
+    return dataset.subset(torch.arange(len(dataset) - held_out, len(dataset)))
+
+
+def _held_out(dataset: ImageDataset, number: int) -> int:
+    if number >= len(dataset):
+        raise InvalidValueError(f"--hold-out {number} leaves nothing of the {len(dataset)} images of {dataset.name}")
+    return number
 
 
 def add_text(group: "argparse._ArgumentGroup") -> None:
@@ -174,7 +188,6 @@ def training_config(arguments: argparse.Namespace) -> TrainingConfig:
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a run folder records: every argument that decides the result, and no other."""
-    left_out = {"run", "out", "no_progress", "traceback", "threads", "device", "save_every", "physical_batch_size"}
 
     def plain(value: Any) -> Any:
         return (
@@ -185,7 +198,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
             else value
         )
 
-    return {key: plain(value) for key, value in vars(arguments).items() if key not in left_out}
+    return {key: plain(value) for key, value in vars(arguments).items() if key not in {"run", *WITHOUT_EFFECT}}
 
 
 def prepare_device(arguments: argparse.Namespace) -> torch.device:

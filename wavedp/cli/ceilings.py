@@ -9,8 +9,6 @@ grid.png; repeated after an interruption, it goes on.
 """
 
 import argparse
-import csv
-import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -31,11 +29,11 @@ from wavedp.evaluation.protocol import HELD_OUT
 from wavedp.functional import coarse
 from wavedp.models import AutoregressiveTransformer, load_autoregressive, load_tokenizer
 from wavedp.pipeline import CoarseToFinePipeline
-from wavedp.storage import write_bytes
 from wavedp.superres import SuperResolver
 from wavedp.training.loop import TrainingConfig
 from wavedp.training.pictures import save_grid
 from wavedp.training.public import fit_tokens
+from wavedp.training.results import write_rows
 from wavedp.training.runs import RunFolder
 
 
@@ -82,14 +80,6 @@ def first_of_each(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         found = (labels == label).nonzero()[:1, 0]
         shown[label : label + len(found)] = images[found]
     return shown
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
 
 
 class Stages:

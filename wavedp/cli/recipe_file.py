@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from wavedp.errors import BadFileError, MissingFileError
@@ -26,16 +27,19 @@ class Stage:
     command: str
     options: Mapping[str, Any]
 
-    def arguments(self, out: Path, data: str) -> list[str]:
-        """The command line, but for `SET_BY_RUNNER`; ``@data`` and ``@stage`` are filled in."""
+    def arguments(self, out: Path, data: str, folders: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+        """The command line, but for `SET_BY_RUNNER`; ``@data`` and ``@stage`` are filled in.
+
+        ``folders`` names the folders of earlier stages inside ``out`` (default: as the stages are called).
+        """
         line = [self.command]
         for option, value in self.options.items():
             if value is True:
                 line.append(f"--{option}")
             elif isinstance(value, list):
-                line += [f"--{option}", *(_text(item, out, data) for item in value)]
+                line += [f"--{option}", *(_text(item, out, data, folders) for item in value)]
             elif value is not False:
-                line.append(f"--{option}={_text(value, out, data)}")
+                line.append(f"--{option}={_text(value, out, data, folders)}")
         return line
 
     def references(self) -> Iterator[str]:
@@ -69,58 +73,75 @@ def read_recipe(path: Path) -> Recipe:
         MissingFileError: there is no such file.
         BadFileError: it is no TOML, or says something else.
     """
+    return recipe_from(str(path), read_toml(path, "recipe"))
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The content of a TOML file that is a ``what``, such as a recipe; raises as `read_recipe` does."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
 
     if not path.is_file():
-        raise MissingFileError(f"no such recipe: {path}")
+        raise MissingFileError(f"no such {what}: {path}")
     if path.stat().st_size > LARGEST_FILE:
-        raise BadFileError(f"{path} is larger than {LARGEST_FILE} bytes: that is no recipe")
+        raise BadFileError(f"{path} is larger than {LARGEST_FILE} bytes: that is no {what}")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadFileError(f"{path} is not a recipe in TOML: {error}") from error
-    summary = content.pop("summary", "")
-    if not isinstance(summary, str):
-        raise BadFileError(f"{path}: summary must be a text, not {summary!r}")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadFileError(f"{path} is not a {what} in TOML: {error}") from error
+
+
+def recipe_from(where: str, content: Mapping[str, Any]) -> Recipe:
+    """The recipe that the content of a file says; ``where`` is what messages call it."""
+    tables = dict(content)
+    summary = summary_of(where, tables)
     stages: list[Stage] = []
-    for name, table in content.items():
-        stages.append(_stage(path, name, table, [stage.name for stage in stages]))
+    for name, table in tables.items():
+        stages.append(_stage(where, name, table, [stage.name for stage in stages]))
     if not stages:
-        raise BadFileError(f"{path} has no stage; its tables are stages, such as [tokenizer]")
+        raise BadFileError(f"{where} has no stage; its tables are stages, such as [tokenizer]")
     return Recipe(summary, tuple(stages))
 
 
-def _stage(path: Path, name: str, table: Any, earlier: list[str]) -> Stage:
+def summary_of(where: str, content: dict[str, Any]) -> str:
+    """Takes ``summary`` out of the content of a file."""
+    summary = content.pop("summary", "")
+    if not isinstance(summary, str):
+        raise BadFileError(f"{where}: summary must be a text, not {summary!r}")
+    return summary
+
+
+def _stage(where: str, name: str, table: Any, earlier: list[str]) -> Stage:
     if not isinstance(table, dict):
-        raise BadFileError(f"{path}: {name} must be a table of options, [{name}], not {table!r}")
+        raise BadFileError(f"{where}: {name} must be a table of options, [{name}], not {table!r}")
     if not name.replace("-", "").replace("_", "").isalnum() or name == DATA:
-        raise BadFileError(f"{path}: [{name}] cannot name a stage, whose folder it is: use letters, digits, - and _")
+        raise BadFileError(f"{where}: [{name}] cannot name a stage, whose folder it is: use letters, digits, - and _")
     options = dict(table)
     command = options.pop("command", name)
     if command not in STAGE_COMMANDS:
         raise BadFileError(
-            f"{path}: [{name}] runs {command!r}, which is none of {', '.join(STAGE_COMMANDS)}; name one by command="
+            f"{where}: [{name}] runs {command!r}, which is none of {', '.join(STAGE_COMMANDS)}; name one by command="
         )
     for option, value in options.items():
         if option in SET_BY_RUNNER:
-            raise BadFileError(f"{path}: [{name}] sets {option}, which 'wavedp recipe' sets for all stages")
+            raise BadFileError(f"{where}: [{name}] sets {option}, which the run sets for all stages")
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, (str, int, float)) for item in items):
-            raise BadFileError(f"{path}: [{name}] {option} must be a text, a number, true, false or a list of them")
+            raise BadFileError(f"{where}: [{name}] {option} must be a text, a number, true, false or a list of them")
     stage = Stage(name, command, options)
     for reference in stage.references():
         if reference != DATA and reference not in earlier:
-            raise BadFileError(f"{path}: [{name}] refers to @{reference}, which is no stage before it and not @data")
+            raise BadFileError(f"{where}: [{name}] refers to @{reference}, which is no stage before it and not @data")
     return stage
 
 
-def _text(value: Any, out: Path, data: str) -> str:
+def _text(value: Any, out: Path, data: str, folders: Mapping[str, str]) -> str:
     if not isinstance(value, str) or not value.startswith("@"):
         return str(value)
     stage, _, inside = value[1:].partition("/")
     if stage == DATA:
         return data
-    return str(out / stage / inside if inside else out / stage)
+    folder = out / folders.get(stage, stage)
+    return str(folder / inside if inside else folder)

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command leaves in its run folder for people and for the next command: image folders and loss curves."""
+"""What a command leaves in its run folder for people and for the next command: image folders, loss curves, tables."""
 
+import csv
+import io
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from wavedp.storage import write_bytes
 from wavedp.training.pictures import save_curves
 from wavedp.training.runs import read_log
 
@@ -48,3 +52,12 @@ def save_log(path: Path, log: Path, columns: Sequence[str], *, title: str | None
     rows = read_log(log)
     steps = [float(row["step"]) for row in rows]
     save_curves(path, {c: (steps, [float(row[c]) for row in rows]) for c in columns}, title=title)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replaces a CSV file by ``rows``, which have the keys of the first."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())

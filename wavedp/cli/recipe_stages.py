@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of a recipe as commands of this package: their command lines, what decides their results, and running one
+with its time taken."""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from wavedp.cli import arguments as shared
+from wavedp.cli.recipe_file import Stage
+from wavedp.errors import BadFileError, InvalidValueError
+from wavedp.storage import read_json
+
+SUMMARY_FILE = "summary.json"
+RESULTS = {"finetune": "privacy.json", "evaluate": "metrics.json"}
+"""What a stage's command writes that the record of the stage repeats."""
+
+
+def command_line(
+    stage: Stage, out: Path, arguments: argparse.Namespace, folders: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """The whole command line of a stage whose folder, and those of earlier ones, are in ``out``; see
+    `Stage.arguments`."""
+    line = stage.arguments(out, arguments.data or "", folders)
+    line += [f"--out={out / folders.get(stage.name, stage.name)}", f"--device={arguments.device}"]
+    line += _seed(stage, arguments)
+    if arguments.threads:
+        line.append(f"--threads={arguments.threads}")
+    return line + ["--no-progress"] * arguments.no_progress
+
+
+def _seed(stage: Stage, arguments: argparse.Namespace) -> list[str]:
+    return [] if "seed" in stage.options else [f"--seed={arguments.seed}"]
+
+
+def digests(stages: Iterable[Stage], arguments: argparse.Namespace) -> dict[str, str]:
+    """By the name of each stage, the SHA-256 of what decides its result: its command line without folders and threads,
+    in which a reference to an earlier stage is that stage's digest."""
+    found: dict[str, str] = {}
+    for stage in stages:
+        decisive = {k: v for k, v in sorted(stage.options.items()) if k.replace("-", "_") not in shared.WITHOUT_EFFECT}
+        line = replace(stage, options=decisive).arguments(Path("@"), arguments.data or "", found)
+        # with its name: of two stages that say the same, neither stands for the other, as a private one is random
+        content = json.dumps([stage.name, *line, *_seed(stage, arguments)])
+        found[stage.name] = hashlib.sha256(content.encode()).hexdigest()
+    return found
+
+
+def parse(line: list[str], where: object) -> argparse.Namespace:
+    """What the command makes of its line; raises InvalidValueError with its complaint, and ``where`` before it."""
+    from wavedp.cli import build_parser
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return build_parser().parse_args(line)
+    except SystemExit as error:
+        raise InvalidValueError(f"{where}: {said.getvalue().strip()}") from error
+
+
+def run_stage(parsed: argparse.Namespace, folder: Path, record: dict[str, Any], save: Callable[[], None]) -> None:
+    """Runs a stage, and records ``attempts``, whether it is ``finished``, its ``result``, and its ``seconds`` and
+    ``cpu_seconds`` over all attempts that were not killed. ``save`` writes ``record``."""
+    record["attempts"] = record.get("attempts", 0) + 1
+    save()
+    begun, used = time.monotonic(), time.process_time()
+    try:
+        parsed.run(parsed)
+        record["finished"] = True
+    finally:
+        record["seconds"] = round(record.get("seconds", 0) + time.monotonic() - begun, 1)
+        record["cpu_seconds"] = round(record.get("cpu_seconds", 0) + time.process_time() - used, 1)
+        result = folder / RESULTS.get(parsed.command, "")
+        if record.get("finished") and result.is_file():
+            record["result"] = read_json(result)
+        save()
+
+
+def read_summary(folder: Path, command: str) -> dict[str, Any]:
+    """The summary that an earlier attempt of ``command`` left in ``folder``, {} if there was none.
+
+    Raises BadFileError where it is no summary, and InvalidValueError where another command wrote it.
+    """
+    path = folder / SUMMARY_FILE
+    if not path.is_file():
+        return {}
+    summary = read_json(path)
+    if not isinstance(summary, dict) or not all(isinstance(summary.get(key, {}), dict) for key in ("stages", "rows")):
+        raise BadFileError(f"{path} is no summary of a run: it was damaged; use another folder")
+    writer = summary.get("command", "recipe")  # which did not always say so
+    if writer != command:
+        raise InvalidValueError(f"{folder} belongs to a run of 'wavedp {writer}'; use another folder")
+    return summary
