@@ -187,6 +187,15 @@ def _saved_tokenizer(b: Workbench) -> Path:
     return Path(b["tmp"] / "tokenizer")
 
 
+def _study(b: Workbench) -> Path:
+    recipe = '[finetune]\ndata = "@data"\nhold-out = 9\ntokenizer = "t"\nmodel = "m"\nepsilon = 1\ndelta = 1e-5\n'
+    recipe += "max-records = 100\nsample-rate = 0.1\nsteps = 2\nexpected-batch-size = 9\n"
+    writes(b["tmp"] / "recipe.toml", recipe)
+    rows = 'recipe = "recipe.toml"\n[[row]]\nname = "base"\n[[row]]\nname = "long"\nfinetune = {{ {} = 4 }}\n'
+    writes(b["tmp"] / "wrong_study.toml", rows.format("step"))
+    return writes(b["tmp"] / "study.toml", rows.format("steps"))
+
+
 def _saved_espcn(b: Workbench) -> Path:
     b["espcn"].save_pretrained(b["tmp"] / "espcn")
     return Path(b["tmp"] / "espcn")
@@ -228,6 +237,8 @@ MADE: dict[str, Callable[[Workbench], Any]] = {
     "saved_tokenizer": _saved_tokenizer,
     "saved_espcn": _saved_espcn,
     "saved_pipeline": _saved_pipeline,
+    "study": _study,
+    "wrong_study": lambda b: b["study"].with_name("wrong_study.toml"),
     "tensors": lambda b: storage.load_folder(b["saved_model"])[1],
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wavedp.training.pictures import save_curves, save_grid
+from wavedp.training.pictures import save_curves, save_dots, save_grid
 
 
 def pixels_of(path):
@@ -92,6 +92,21 @@ def test_a_single_curve_is_named_in_the_picture(tmp_path):
         save_curves(tmp_path / f"{name}.png", {name: (range(5), [1.0] * 5)})
     long, short = (pixels_of(tmp_path / f"{name}.png") for name in ("loss_not_private", "loss"))
     assert (long < 100).all(axis=2).sum() > (short < 100).all(axis=2).sum() + 100  # the ink of "_not_private"
+
+
+def test_dots_stand_at_their_values_in_order(tmp_path):
+    save_dots(tmp_path / "dots.png", {"first": (1.0, 0.0), "a longer name": (3.0, 0.0), "third": (2.0, 0.0)})
+    blue = (pixels_of(tmp_path / "dots.png") == (31, 119, 180)).all(axis=2)
+    rows = blue.any(axis=1).nonzero()[0]
+    groups = np.split(rows, (np.diff(rows) > 1).nonzero()[0] + 1)
+    assert len(groups) == 3
+    first, second, third = (float(blue[g].any(axis=0).nonzero()[0].mean()) for g in groups)
+    assert first < third < second
+    assert third == pytest.approx((first + second) / 2, abs=2)
+    save_dots(tmp_path / "spread.png", {"first": (1.0, 0.5), "a longer name": (3.0, 0.0), "third": (2.0, 0.0)})
+    assert (pixels_of(tmp_path / "spread.png") == (31, 119, 180)).all(axis=2).sum() > blue.sum() + 20
+    with pytest.raises(ValueError, match="at least one point"):
+        save_dots(tmp_path / "none.png", {})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from wavedp.data.picture_file import printable
 COMMANDS = {
     "demo": "the whole method on handwritten digits: minutes on a CPU, needs nothing",
     "recipe": "run all stages of a recipe file, from public and private images to an evaluation",
+    "study": "run a recipe with one thing changed at a time, and compare; every row spends its own privacy budget",
     "tokenizer": "train a spectral image tokenizer on public images",
     "pretrain": "train the autoregressive model on public images",
     "finetune": "fine-tune the autoregressive model on sensitive images with differential privacy",

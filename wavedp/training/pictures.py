@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures for people: labelled grids of images, and curves of a training log."""
+"""Pictures for people: labelled grids of images, curves of a training log, dots of a comparison."""
 
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,45 @@ def save_curves(
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def save_dots(
+    path: str | os.PathLike[str],
+    points: Mapping[str, tuple[float, float]],
+    *,
+    title: str | None = None,
+    x_label: str = "",
+) -> None:
+    """Writes a dot plot, a line for each point, top to bottom; a dashed line goes through the first.
+
+    Args:
+        path: the file; the format follows its suffix.
+        points: name -> (value, deviation); a deviation of 0 is not drawn.
+        title, x_label: texts.
+
+    Raises:
+        ValueError: for no points.
+        ImportError: if matplotlib is missing (``pip install 'wavedp[demo]'``).
+    """
+    canvas = import_extra("matplotlib.backends.backend_agg", "demo")
+    Figure = import_extra("matplotlib.figure", "demo").Figure
+    if not points:
+        raise InvalidValueError("save_dots needs at least one point")
+    figure = Figure(figsize=(7.2, 1.3 + 0.3 * len(points)), dpi=120, layout="constrained")
+    canvas.FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    places = range(len(points))
+    values, deviations = zip(*points.values(), strict=True)
+    axes.axvline(values[0], color="#999999", linestyle="--", linewidth=1)
+    axes.errorbar(values, places, xerr=deviations if any(deviations) else None, fmt="o", markersize=5, capsize=2)
+    for place, value in zip(places, values, strict=True):  # right of the frame
+        axes.text(1.01, place, f"{value:#.4g}", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+    axes.set_yticks(places, [textwrap.fill(name, 36) for name in points])
+    axes.set_ylim(len(points) - 0.5, -0.5)
+    axes.grid(alpha=0.3)
+    figure.suptitle(title or "", fontsize=11)  # over the names too, which may leave the axes little room
+    figure.supxlabel(x_label, fontsize=10)
     figure.savefig(path)
 
 

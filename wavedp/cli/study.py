@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a study and compares its rows, each a recipe with something changed (configs/fashion-mnist-study.toml is one).
+
+PRIVACY: the private stage of every row is a private run on the same images, and spends a budget OF ITS OWN. What
+all of them release together costs the composition of their budgets: summary.json adds them up. The figures are
+computed from real images without noise and are NOT private, and a row that is chosen by looking at them is not
+covered by that row's epsilon, nor by the sum.
+
+Every row is the recipe with overrides. Stages that agree between rows, with all that they read, are run once, in
+stages/<stage>-<digest> inside --out. The options of all rows are checked before anything is run. Finished stages and
+rows are not run again: the same command continues where it was stopped or killed.
+
+Writes results.csv (a row for each row of the study: epsilon, parameters, loss on the images that the private stage held
+out, accuracy of the evaluation; seconds and attempts of every stage), summary.json and results.png after every row. A
+private stage that was killed has lost the steps since its last checkpoint; its privacy.txt says how many.
+"""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wavedp.cli import arguments as shared
+from wavedp.cli.recipe_stages import SUMMARY_FILE, command_line, digests, parse, read_summary, run_stage
+from wavedp.cli.study_file import Row, read_study
+from wavedp.cli.study_results import Parsed, draw, last_of, measure, source_of_held_out, spent, table
+from wavedp.errors import BadFileError, InvalidValueError
+from wavedp.storage import read_json, write_json
+from wavedp.training.results import write_rows
+from wavedp.training.runs import RunFolder
+
+STAGES = "stages"
+STAGE_FILE = "stage.json"
+TIMES = ("seconds", "cpu_seconds", "attempts")
+"""What is told of each stage of a row; see `run_stage`."""
+NOTE = (
+    "NOT private: computed from real images without noise. The private stage of every row spends a budget of its own; "
+    "'spent' adds up all of them. Choosing a row by these figures is covered by no epsilon."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path, metavar="FILE", help="study, a TOML file")
+    parser.add_argument("--data", metavar="SOURCE", help="the sensitive images, @data in the recipe")
+    parser.add_argument("--rows", metavar="A,B,...", help="names of the rows to run (default: all)")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
+    shared.add_run(parser)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a row is run. By stage: ``folders``, its folder's name; ``lines``, its command line; ``parsed``, what the
+    command makes of that."""
+
+    row: Row
+    folders: dict[str, str]
+    lines: dict[str, list[str]]
+    parsed: dict[str, argparse.Namespace]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    study = read_study(arguments.study)
+    chosen = study.chosen(arguments.rows)
+    if arguments.data is None and any(row.recipe.needs_data for row in study.rows):
+        raise InvalidValueError(f"{arguments.study} needs sensitive images: give --data SOURCE")
+    base = planned(Row("all", "", study.base), arguments).parsed
+    plans = [planned(row, arguments) for row in study.rows]  # all, before the first is run
+    for plan in plans:
+        check_measurable(plan, base, arguments.study)
+    if arguments.dry_run:
+        show([plan for plan in plans if plan.row in chosen])
+        return
+    device = shared.prepare_device(arguments)
+    read_summary(arguments.out, "study")  # of a recipe: refused before it is touched
+    RunFolder(arguments.out, shared.settings(arguments), overwrite=True)
+    print(f"{study.summary}\n{NOTE}")
+    for number, plan in enumerate(plans, start=1):
+        if plan.row not in chosen:
+            continue
+        print(f"row {number}/{len(plans)}: {plan.row.name}", flush=True)
+        run_row(plan, base, device, arguments.out)
+        write_results(plans, arguments.out, study.summary)
+    print(table(write_results(plans, arguments.out, study.summary)))
+    total = read_summary(arguments.out, "study")["spent"]
+    print(
+        f"{NOTE}\n{total['private_runs']} private runs in {arguments.out}: together epsilon {total['epsilon']:.6g} at "
+        f"delta {total['delta']:.6g}"
+    )
+
+
+def planned(row: Row, arguments: argparse.Namespace) -> Plan:
+    stages = row.recipe.stages
+    folders = {name: f"{name}-{digest[:12]}" for name, digest in digests(stages, arguments).items()}
+    out = arguments.out / STAGES
+    lines = {stage.name: command_line(stage, out, arguments, folders) for stage in stages}
+    parsed = {name: parse(line, f"{arguments.study}: row {row.name!r}, {name}") for name, line in lines.items()}
+    return Plan(row, folders, lines, parsed)
+
+
+def check_measurable(plan: Plan, base: Parsed, file: Path) -> None:
+    """Raises BadFileError for a row of which nothing would be known in the end."""
+    if source_of_held_out(plan.parsed, base) is None and last_of("evaluate", plan.parsed) is None:
+        raise BadFileError(
+            f"{file}: row {plan.row.name!r} has nothing to compare: give the private stage a hold-out, or the recipe a "
+            "stage evaluate"
+        )
+
+
+def show(plans: Sequence[Plan]) -> None:
+    """The commands, each once."""
+    shown: set[str] = set()
+    private: set[str] = set()
+    for plan in plans:
+        print(f"# {plan.row.name}" + (f": {plan.row.note}" if plan.row.note else ""))
+        for name, folder in plan.folders.items():
+            print(f"# {folder}, as above" if folder in shown else shlex.join(["wavedp", *plan.lines[name]]))
+            shown.add(folder)
+            if plan.parsed[name].command == "finetune":
+                private.add(folder)
+    print(f"# {len(plans)} rows, {len(shown)} stages; {len(private)} are private runs, each with its own budget")
+
+
+def run_row(plan: Plan, base: Parsed, device: torch.device, out: Path) -> None:
+    """Runs what is not finished of a row, measures it, and keeps the figures in summary.json."""
+    records = {}
+    for number, (name, folder) in enumerate(plan.folders.items(), start=1):
+        records[name] = record = read_record(out / STAGES / folder)
+        finished = "finished" in record
+        print(f"  {number}/{len(plan.folders)} {folder}" + (": finished before" if finished else ""), flush=True)
+        if not finished:
+            file = out / STAGES / folder / STAGE_FILE
+            run_stage(plan.parsed[name], file.parent, record, partial(write_json, file, record))
+    summary = read_summary(out, "study")
+    rows = summary.setdefault("rows", {})
+    if rows.get(plan.row.name, {}).get("stages") != plan.folders:
+        figures = measure(plan.parsed, base, device)
+        rows[plan.row.name] = {"stages": plan.folders, "figures": figures}
+    rows[plan.row.name]["times"] = {name: {key: record[key] for key in TIMES} for name, record in records.items()}
+    write_json(out / SUMMARY_FILE, {"command": "study", **summary})
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What is known of a stage."""
+    file = folder / STAGE_FILE
+    record = read_json(file) if file.is_file() else {}
+    if not isinstance(record, dict):
+        raise BadFileError(f"{file} is no record of a stage: it was damaged; remove it to run the stage again")
+    return record
+
+
+def write_results(plans: Sequence[Plan], out: Path, summary_text: str) -> list[dict[str, Any]]:
+    """Writes results.csv, results.png and summary.json from the rows measured so far, which are returned."""
+    summary = read_summary(out, "study")
+    known = {
+        plan.row.name: {"note": plan.row.note, **found}
+        for plan in plans
+        if (found := summary["rows"].get(plan.row.name)) and found["stages"] == plan.folders
+    }
+    private = (parsed for plan in plans for parsed in plan.parsed.values() if parsed.command == "finetune")
+    ledgers = {parsed.ledger for parsed in private if parsed.ledger is not None}
+    write_json(
+        out / SUMMARY_FILE,
+        {
+            "command": "study",
+            "private": False,
+            "note": NOTE,
+            "summary": summary_text,
+            "spent": spent(out / STAGES, ledgers),
+            "rows": known,
+        },
+    )
+    stages = list(dict.fromkeys(name for plan in plans for name in plan.folders))
+    rows = [as_row(name, row, stages) for name, row in known.items()]
+    write_rows(out / "results.csv", rows)
+    draw(out / "results.png", rows)
+    return rows
+
+
+def as_row(name: str, row: dict[str, Any], stages: Sequence[str]) -> dict[str, Any]:
+    """A row of results.csv; a stage that it does not have took no time."""
+    times = row["times"]
+    seconds = {f"{stage}_{key}": times[stage][key] if stage in times else None for stage in stages for key in TIMES}
+    total = {key: round(sum(time[key] for time in times.values()), 1) for key in ("seconds", "cpu_seconds")}
+    return {"row": name, **row["figures"], **total, **seconds, "private": False}
