@@ -4,6 +4,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,21 @@ def test_a_header_whose_length_reads_as_another_format_is_a_header(tmp_path: Pat
 def test_a_pickle_is_refused_by_name() -> None:
     with pytest.raises(BadFileError, match="a pickle"):
         read_tensors(b"\x80\x02}q\x00.", "weights")
+
+
+def test_one_process_at_a_time_is_alone_in_a_folder(tmp_path: Path):
+    """Another one waits until the first has left or was killed."""
+    code = (
+        "import sys, time, pathlib; from wavedp.storage import alone\n"
+        "with alone(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
+    )
+    folder = tmp_path / "new" / "folder"
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"in\n"
+    waited: list[int] = []
+    with storage.alone(folder, lambda: (waited.append(1), process.kill())):
+        assert waited == [1]
+        process.wait()
+    with storage.alone(folder, lambda: waited.append(2)):
+        assert waited == [1]

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -251,11 +252,13 @@ class Calls(list[tuple[str, str]]):
 
     failing: BaseException | None = None
     at = -1
+    pause = 0.0  # seconds
 
     def __call__(self, parsed: argparse.Namespace) -> None:
         if len(self) == self.at and self.failing is not None:
             self.at = -1
             raise self.failing
+        time.sleep(self.pause)
         self.append((parsed.command, parsed.out.name))
 
 
@@ -321,6 +324,18 @@ def test_chosen_rows_are_added_to_those_there(tmp_path: Path, calls: Calls) -> N
     write(tmp_path, ROWS.replace("guidance-scale = 2.0", "guidance-scale = 3.0"))
     assert main([*command, "--rows", "base"]) == 0
     assert [row["row"] for row in read_csv(out / "results.csv")] == ["base"], "the other is of another study now"
+
+
+def test_two_runs_at_once_share_the_stages(tmp_path: Path, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["study", str(write(tmp_path)), "--data", "digits", *COMMON, "--out", str(tmp_path / "run")]
+    calls.pause = 0.2
+    with ThreadPoolExecutor() as pool:
+        assert set(pool.map(main, [[*command, "--rows", rows] for rows in ("base,wide", "guided,one scale")])) == {0}
+    assert len(set(calls)) == len(calls) == 14
+    assert "waiting for the process that runs it" in capsys.readouterr().out
+    rows = read_csv(tmp_path / "run" / "results.csv")
+    assert [row["row"] for row in rows] == ["base", "wide", "guided", "one scale"]
+    assert {row["tokenizer_attempts"] for row in rows} == {"1"}
 
 
 def test_a_study_and_a_recipe_keep_out_of_each_other_s_folder(

@@ -8,7 +8,8 @@ covered by that row's epsilon, nor by the sum.
 
 Every row is the recipe with overrides. Stages that agree between rows, with all that they read, are run once, in
 stages/<stage>-<digest> inside --out. The options of all rows are checked before anything is run. Finished stages and
-rows are not run again: the same command continues where it was stopped or killed.
+rows are not run again: the same command continues where it was stopped or killed. Several processes may run rows of one
+study in one --out, each with --rows of its own: a stage is run by one of them, and the others wait for it.
 
 Writes results.csv (a row for each row of the study: epsilon, parameters, loss on the images that the private stage held
 out, accuracy of the evaluation; seconds and attempts of every stage), summary.json and results.png after every row. A
@@ -30,7 +31,7 @@ from wavedp.cli.recipe_stages import SUMMARY_FILE, command_line, digests, parse,
 from wavedp.cli.study_file import Row, read_study
 from wavedp.cli.study_results import Parsed, draw, last_of, measure, source_of_held_out, spent, table
 from wavedp.errors import BadFileError, InvalidValueError
-from wavedp.storage import read_json, write_json
+from wavedp.storage import alone, read_json, write_json
 from wavedp.training.results import write_rows
 from wavedp.training.runs import RunFolder
 
@@ -84,8 +85,10 @@ def run(arguments: argparse.Namespace) -> None:
             continue
         print(f"row {number}/{len(plans)}: {plan.row.name}", flush=True)
         run_row(plan, base, device, arguments.out)
-        write_results(plans, arguments.out, study.summary)
-    print(table(write_results(plans, arguments.out, study.summary)))
+        with alone(arguments.out):
+            write_results(plans, arguments.out, study.summary)
+    with alone(arguments.out):
+        print(table(write_results(plans, arguments.out, study.summary)))
     total = read_summary(arguments.out, "study")["spent"]
     print(
         f"{NOTE}\n{total['private_runs']} private runs in {arguments.out}: together epsilon {total['epsilon']:.6g} at "
@@ -129,19 +132,20 @@ def run_row(plan: Plan, base: Parsed, device: torch.device, out: Path) -> None:
     """Runs what is not finished of a row, measures it, and keeps the figures in summary.json."""
     records = {}
     for number, (name, folder) in enumerate(plan.folders.items(), start=1):
-        records[name] = record = read_record(out / STAGES / folder)
-        finished = "finished" in record
-        print(f"  {number}/{len(plan.folders)} {folder}" + (": finished before" if finished else ""), flush=True)
-        if not finished:
-            file = out / STAGES / folder / STAGE_FILE
-            run_stage(plan.parsed[name], file.parent, record, partial(write_json, file, record))
-    summary = read_summary(out, "study")
-    rows = summary.setdefault("rows", {})
-    if rows.get(plan.row.name, {}).get("stages") != plan.folders:
-        figures = measure(plan.parsed, base, device)
-        rows[plan.row.name] = {"stages": plan.folders, "figures": figures}
-    rows[plan.row.name]["times"] = {name: {key: record[key] for key in TIMES} for name, record in records.items()}
-    write_json(out / SUMMARY_FILE, {"command": "study", **summary})
+        title, place = f"  {number}/{len(plan.folders)} {folder}", out / STAGES / folder
+        with alone(place, partial(print, f"{title}: waiting for the process that runs it", flush=True)):
+            records[name] = record = read_record(place)
+            finished = "finished" in record
+            print(title + (": finished before" if finished else ""), flush=True)
+            if not finished:
+                run_stage(plan.parsed[name], place, record, partial(write_json, place / STAGE_FILE, record))
+    known = read_summary(out, "study").get("rows", {}).get(plan.row.name, {})
+    figures = known["figures"] if known.get("stages") == plan.folders else measure(plan.parsed, base, device)
+    times = {name: {key: record[key] for key in TIMES} for name, record in records.items()}
+    with alone(out):
+        summary = read_summary(out, "study")
+        rows = {**summary.get("rows", {}), plan.row.name: {"stages": plan.folders, "figures": figures, "times": times}}
+        write_json(out / SUMMARY_FILE, {"command": "study", **summary, "rows": rows})
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -154,7 +158,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def write_results(plans: Sequence[Plan], out: Path, summary_text: str) -> list[dict[str, Any]]:
-    """Writes results.csv, results.png and summary.json from the rows measured so far, which are returned."""
+    """Writes results.csv, results.png and summary.json from the rows measured so far, which are returned; ``out`` is
+    held `alone`."""
     summary = read_summary(out, "study")
     known = {
         plan.row.name: {"note": plan.row.note, **found}
