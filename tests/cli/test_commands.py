@@ -17,8 +17,10 @@ from PIL import Image
 import wavedp
 from wavedp.cli import COMMANDS, EXIT_ERROR, EXIT_INTERRUPTED, build_parser, main
 from wavedp.models import load_autoregressive, load_tokenizer
+from wavedp.privacy import PrivacyStatement
 from wavedp.storage import read_json
 from wavedp.training.checkpoints import load_newest
+from wavedp.training.private import PrivateTrainingConfig, finetune_private
 
 SIZES = ["--image-size", "16", "--channels", "1"]
 
@@ -138,6 +140,36 @@ def test_sampling_options_reach_the_model(trained: Path, tmp_path: Path):
     assert len(set(free)) > 1
     assert images("--seed", 1) != free
     assert images("--guidance-scale", 30) != free
+
+
+def test_augmentation_reaches_the_private_stage_and_old_runs_go_on_without_it(
+    trained: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    configs: list[PrivateTrainingConfig] = []
+
+    def seen(*arguments: Any, **named: Any) -> PrivacyStatement:
+        configs.append(arguments[4])
+        return finetune_private(*arguments, **named)
+
+    monkeypatch.setattr("wavedp.cli.finetune.finetune_private", seen)
+    common = ["--data", pictures, "--tokenizer", trained / "tok", "--model", trained / "pre", "--trainable", "norm"]
+    common += ["--noise-multiplier", 2, "--delta", 1e-3, "--max-records", 200, "--sample-rate", 0.25, "--steps", 2]
+    common += ["--expected-batch-size", 16]
+    several = ["--augmentations", 3, "--augment-shift", 1, "--augment-flip", "--seed", 7]
+    assert run("finetune", *common, *several, "--out", tmp_path / "three") == 0
+    assert run("finetune", *common, "--out", tmp_path / "one") == 0
+    given = [(c.augmentations, c.augmentation_shift, c.augmentation_flip, c.augmentation_seed) for c in configs]
+    assert given == [(3, 1, True, 7), (1, 2, False, 0)]
+    three, one = (read_json(tmp_path / name / "privacy.json") for name in ("three", "one"))
+    assert three == one  # what is guaranteed, and its ledger to the last line
+    record = tmp_path / "one" / "run.json"
+    old = {key: value for key, value in read_json(record).items() if not key.startswith("augment")}
+    assert len(old) == len(read_json(record)) - 3
+    record.write_text(json.dumps(old))
+    assert run("finetune", *common, "--out", tmp_path / "one") == 0
+    capsys.readouterr()
+    assert run("finetune", *common, "--augmentations", 2, "--out", tmp_path / "one") == EXIT_ERROR
+    assert "started with other settings (augmentations differ)" in capsys.readouterr().err
 
 
 def test_only_chosen_parameters_are_fine_tuned(trained: Path, pictures: Path, tmp_path: Path):

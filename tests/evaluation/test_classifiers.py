@@ -18,7 +18,7 @@ from wavedp.evaluation import (
     fit_classifier,
     fitting,
 )
-from wavedp.evaluation.fitting import _augmented, _rate
+from wavedp.evaluation.fitting import _rate
 from wavedp.training.checkpoints import load_newest
 
 TINY = ClassifierRecipe("quick", epochs=4, batch_size=16, learning_rate=0.01, sizes={"width": 4, "num_features": 8})
@@ -76,17 +76,6 @@ def test_recipes_are_the_benchmarks() -> None:
     rates = [_rate(QUICK, step, 100) for step in range(100 * QUICK.epochs)]
     assert max(rates) == pytest.approx(QUICK.learning_rate, rel=0.01)
     assert rates[-1] < 1e-4 * QUICK.learning_rate < rates[0]
-
-
-def test_augmentation_mirrors_and_moves_whole_images() -> None:
-    images = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).repeat(200, 1, 1, 1)
-    only_flip = _augmented(images, replace(TINY, flip=True), torch.Generator().manual_seed(0))
-    mirrored = (only_flip == images.flip(3)).flatten(1).all(dim=1)
-    assert 70 < int(mirrored.sum()) < 130
-    assert torch.equal(only_flip[~mirrored], images[~mirrored])
-    moved = _augmented(images, replace(TINY, shift=1), torch.Generator().manual_seed(0))
-    inside = {tuple((m[0, 1:7, 1:7] - images[0, 0, 1:7, 1:7].int()).unique().tolist()) for m in moved.int()}
-    assert inside == {(8 * rows + columns,) for rows in (-1, 0, 1) for columns in (-1, 0, 1)}
 
 
 def test_a_learnable_set_is_learned_and_repeats_exactly() -> None:

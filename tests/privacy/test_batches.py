@@ -15,11 +15,13 @@ RECORDS = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
 
 
 def make(
-    spec: PrivacySpec, sampler: PoissonSampler | None = None
+    spec: PrivacySpec, sampler: PoissonSampler | None = None, *, consent: bool = False
 ) -> tuple[nn.Linear, PrivateOptimizer, Iterator[Tensor]]:
     model = nn.Linear(3, 2)
     sampler = sampler or PoissonSampler.for_spec(spec, 60)
-    private = PrivateOptimizer(model, torch.optim.SGD(model.parameters()), spec, sampler=sampler)
+    private = PrivateOptimizer(
+        model, torch.optim.SGD(model.parameters()), spec, sampler=sampler, without_privacy=consent
+    )
     return model, private, iter(sampler)
 
 
@@ -65,6 +67,32 @@ def test_records_that_were_not_drawn_are_refused(spec: MakeSpec) -> None:
     with pytest.raises(ValueError, match="not in the batch"):
         backward(model, private, torch.arange(60))  # 60 of 60 are drawn with probability 1e-60
     assert private.steps_charged == 0
+
+
+def test_records_of_several_rows_are_named_once(spec: MakeSpec) -> None:
+    """``records`` has an entry for each record, ``sample_id`` one for each row; every record is clipped once."""
+    model, private, batches = make(spec(sample_rate=1.0, noise_multiplier=0.0, max_grad_norm=0.5), consent=True)
+    weight = model.weight.detach().clone()
+    next(batches)
+    shown = torch.stack([RECORDS, 3 * RECORDS, -RECORDS], dim=1)  # [60, 3, 3]: three rows a record
+    for chunk in torch.arange(60).flip(0).split(25):
+        rows = chunk.repeat_interleave(3)
+
+        def losses(rows: Tensor, chunk: Tensor = chunk) -> Tensor:
+            return model(shown[chunk].flatten(0, 1))[: len(rows)].sum(1)
+
+        with pytest.raises(ValueError, match=f"records has shape .{3 * len(chunk)},., losses are of {len(chunk)} rec"):
+            private.backward(losses(rows), records=rows, sample_id=rows)
+        with pytest.raises(ValueError, match=f"losses are of {3 * len(chunk)} records"):
+            private.backward(losses(rows), records=chunk)
+        private.backward(losses(rows), records=chunk, sample_id=rows)
+        with pytest.raises(ValueError, match="a record comes twice"):
+            private.backward(losses(rows), records=chunk, sample_id=rows)
+    private.step()
+    # The mean of x, 3x and -x is x; the gradient of the record is x for each row of the weight and 1 for each bias.
+    factors = (0.5 / (2 * RECORDS.square().sum(1) + 2).sqrt()).clamp(max=1.0)
+    expected = (factors[:, None] * RECORDS).sum(0).expand(2, 3) / private.spec.expected_batch_size
+    assert torch.allclose((weight - model.weight.detach()) / 1e-3, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_step_needs_a_drawn_batch(spec: MakeSpec) -> None:

@@ -78,10 +78,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decay of the weights' average",
     )
     group.add_argument(
+        "--augmentations", type=shared.positive_int, metavar="K",
+        help="versions of each image, itself among them, whose mean gradient is clipped once (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--augment-shift", type=shared.bounded(int, minimum=0), metavar="PIXELS",
+        help="the other versions are moved by up to so many, each way (default: 2)",
+    )  # fmt: skip
+    group.add_argument("--augment-flip", action="store_true", default=None, help="and mirrored left to right at random")
+    group.add_argument(
         "--physical-batch-size",
         type=shared.positive_int,
         default=256,
-        help="images at once; bounds memory only",
+        help="images at once, every version counted; bounds memory only",
     )
     group.add_argument(
         "--save-every",
@@ -190,6 +199,22 @@ def lora(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("lora_rank", "lora_alpha", "lora_targets")}
 
 
+def augmentation(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the versions of an image; the seed is that of everything public."""
+    given = {
+        "augmentations": arguments.augmentations,
+        "augmentation_shift": arguments.augment_shift,
+        "augmentation_flip": arguments.augment_flip,
+        "augmentation_seed": arguments.seed,
+    }
+    if (arguments.augmentations or 1) == 1 and (arguments.augment_shift is not None or arguments.augment_flip):
+        raise InvalidValueError(
+            "--augment-shift and --augment-flip are about versions beyond the image itself: give --augmentations 2 or "
+            "more"
+        )
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def run(arguments: argparse.Namespace) -> None:
     device = shared.prepare_device(arguments)
     spec = None if arguments.noise_mode == "strict" else privacy_spec(arguments)
@@ -204,6 +229,7 @@ def run(arguments: argparse.Namespace) -> None:
         ema_decay=arguments.ema_decay,
         trainable=arguments.trainable,
         **lora(arguments),
+        **augmentation(arguments),
         physical_batch_size=arguments.physical_batch_size,
         save_every=arguments.save_every,
     )

@@ -95,7 +95,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
 
     def subset(self, indices: Indices) -> ImageDataset:
         """A view of the images at ``indices``, in that order; no pixel is copied until it is read."""
-        return _View(self, _as_indices(indices))
+        return _View(self, as_indices(indices))
 
     def __repr__(self) -> str:
         shape = [self.channels, self.image_size, self.image_size]
@@ -146,7 +146,7 @@ class TensorImageDataset(ImageDataset):
         return self._images
 
     def stack(self, indices: Indices) -> Tensor:
-        return self._images[_as_indices(indices)]
+        return self._images[as_indices(indices)]
 
 
 class _View(ImageDataset):
@@ -163,10 +163,11 @@ class _View(ImageDataset):
         self._indices = indices
 
     def stack(self, indices: Indices) -> Tensor:
-        return self._parent.stack(self._indices[_as_indices(indices)])
+        return self._parent.stack(self._indices[as_indices(indices)])
 
 
-def _as_indices(indices: Indices) -> Tensor:
+def as_indices(indices: Indices) -> Tensor:
+    """int64 ``[n]``; raises TypeError where they are no integers."""
     index = torch.as_tensor(indices)
     if index.numel() == 0:
         return torch.empty(0, dtype=torch.int64)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from wavedp.errors import InvalidValueError, StateError
 from wavedp.evaluation.classifiers import Classifier, build_classifier
 from wavedp.evaluation.recipes import ClassifierRecipe
+from wavedp.training.augmentation import mirror_and_move
 from wavedp.training.checkpoints import load_newest, save_generation
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.loop import optimizer_tensors, restore_optimizer
@@ -207,7 +208,8 @@ class _Fit:
             yield k
 
     def step(self, images: Tensor, labels: Tensor, step: int, generator: torch.Generator) -> None:
-        shown = scaled(_augmented(images, self.recipe, generator).to(self.device))
+        moved = mirror_and_move(images, generator, shift=self.recipe.shift, flip=self.recipe.flip)
+        shown = scaled(moved.to(self.device))
         logits = self.model(shown.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits, labels.to(self.device), label_smoothing=self.recipe.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
@@ -295,20 +297,6 @@ def _rate(recipe: ClassifierRecipe, step: int, steps_per_epoch: int) -> float:
     if step < warmup:
         return recipe.learning_rate * (0.04 + 0.96 * (step + 1) / (warmup + 1))
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step + 1 - warmup) / (total - warmup + 1)))
-
-
-def _augmented(images: Tensor, recipe: ClassifierRecipe, generator: torch.Generator) -> Tensor:
-    """Each image mirrored or not, and moved by whole pixels with its edge repeated."""
-    if recipe.flip:
-        mirrored = torch.rand(len(images), generator=generator) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    if recipe.shift:
-        side = images.shape[-1]
-        moves = torch.randint(-recipe.shift, recipe.shift + 1, (2, len(images), 1), generator=generator)
-        rows, columns = (torch.arange(side) + moves).clamp(0, side - 1)  # [N, S] each
-        index = (rows[:, :, None] * side + columns[:, None, :]).flatten(1)[:, None].expand(-1, images.shape[1], -1)
-        images = images.flatten(2).gather(2, index).view(images.shape)
-    return images
 
 
 @contextmanager

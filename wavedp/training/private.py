@@ -28,6 +28,7 @@ from wavedp.privacy.histogram import HISTOGRAM_FILE
 from wavedp.privacy.spec import LABEL_HISTOGRAM
 from wavedp.privacy.validation import check_integer, check_real
 from wavedp.storage import make_folder, write_bytes
+from wavedp.training.augmentation import Augmentation, ImageVersions
 from wavedp.training.checkpoints import load_newest, save_generation
 from wavedp.training.interrupt import DeferredInterrupt
 from wavedp.training.loop import SCHEDULES, optimizer_tensors, restore_optimizer, scheduled
@@ -51,7 +52,7 @@ OPTIMIZER_STATE = frozenset({"step", "exp_avg", "exp_avg_sq", "average", "averag
 
 
 @dataclass(frozen=True)
-class PrivateTrainingConfig:
+class PrivateTrainingConfig(Augmentation):
     """What may be chosen without touching the guarantee; everything that makes the guarantee is in `PrivacySpec`."""
 
     learning_rate: float = 1e-3
@@ -62,10 +63,11 @@ class PrivateTrainingConfig:
     lora_rank: int | None = None  # of adapters that are trained in place of layers, and merged into the model
     lora_alpha: float | None = None  # their factor is alpha / rank; None: 1
     lora_targets: str | None = None  # expression that names of adapted layers match; None: all layers of all blocks
-    physical_batch_size: int = 256  # images; bounds memory, not the logical batch
+    physical_batch_size: int = 256  # images, every version counted; bounds memory, not the logical batch
     save_every: int = 10  # steps; a crash loses the paid steps since the last checkpoint
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_real("learning_rate", self.learning_rate, above=0.0)
         check_real("ema_decay", self.ema_decay, at_least=0.0, below=1.0)
         check_integer("warmup_steps", self.warmup_steps, at_least=0)
@@ -73,6 +75,11 @@ class PrivateTrainingConfig:
             check_integer(name, getattr(self, name), at_least=1)
         if self.schedule not in SCHEDULES:
             raise InvalidValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.physical_batch_size < self.augmentations:
+            raise InvalidValueError(
+                f"physical_batch_size={self.physical_batch_size} has no room for the {self.augmentations} versions of "
+                "one image, which are clipped together"
+            )
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of ``step`` of ``steps``, counted from 0: public constants, whatever the data."""
@@ -98,7 +105,8 @@ def finetune_private(
     """Fine-tunes ``model`` in place on the coarse tokens of ``dataset`` under ``spec``; returns the statement.
 
     Only the model's ``num_scales`` coarsest scales are ever computed from the images. A record is an image with its
-    class and its row of ``text``, the embedding of its caption. LoRA adapters are merged into the model.
+    class and its row of ``text``, the embedding of its caption, in as many versions as ``config`` says: its gradient is
+    the mean over them, clipped once, so that they cost nothing. LoRA adapters are merged into the model.
 
     Writes ``log.csv`` (whose losses are NOT private), ``ledger.jsonl`` (unless ``ledger`` is given, as where runs share
     a budget; it stays open), ``checkpoint/``, ``model/`` (the averaged weights), ``privacy.json`` and ``privacy.txt``
@@ -111,7 +119,9 @@ def finetune_private(
     _check_inputs(dataset, tokenizer, model, spec)
     check_text(model, text, len(dataset), dataset.name)
     device = model.class_embedding.weight.device
-    tokens, labels = tokenize(tokenizer, dataset, model.config.num_scales), dataset.labels
+    versions, labels = config.augmentations, dataset.labels
+    tokens = tokenize(tokenizer, ImageVersions(dataset, config), model.config.num_scales)  # [N * versions, T]
+    tokens = tokens.unflatten(0, (len(dataset), versions))
     choose_trainable(
         model,
         config.trainable,
@@ -144,11 +154,12 @@ def finetune_private(
             try:
                 for step, indices in enumerate(sampler, start=start):
                     total = 0.0
-                    for chunk in physical_batches(indices, config.physical_batch_size):
-                        given = () if text is None else text.rows(chunk, device)
-                        losses = model.loss(tokens[chunk].to(device), labels[chunk].to(device), *given)
-                        private.backward(losses, records=chunk)
-                        total += float(losses.detach().sum())
+                    for chunk in physical_batches(indices, config.physical_batch_size // versions):
+                        rows = chunk.repeat_interleave(versions)  # a version has its record's class and text
+                        given = () if text is None else text.rows(rows, device)
+                        losses = model.loss(tokens[chunk].flatten(0, 1).to(device), labels[rows].to(device), *given)
+                        private.backward(losses, records=chunk, sample_id=rows.to(device) if versions > 1 else None)
+                        total += float(losses.detach().sum()) / versions
                     for group in optimizer.param_groups:
                         group["lr"] = config.rate(step, spec.steps)
                     whole = False
