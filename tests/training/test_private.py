@@ -226,6 +226,29 @@ def test_what_does_not_fit_is_refused_before_anything_is_charged(
         tokenize(tokenizer.train(), dataset, 1)
 
 
+def test_nobody_can_know_what_the_model_drops(
+    dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Masks go by the place in the batch: from a known seed, one record less would give others to all behind it."""
+    seeds: list[int] = []
+    loss = AutoregressiveTransformer.loss
+
+    def noted(self: AutoregressiveTransformer, *arguments: torch.Tensor) -> torch.Tensor:
+        seeds.append(torch.initial_seed())
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(AutoregressiveTransformer, "loss", noted)
+    for run in ("a", "b"):
+        model = make_model()
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        finetune_private(dataset, tokenizer, model, SPEC, CONFIG, tmp_path / run, progress=False)
+        assert torch.equal(torch.get_rng_state(), before), "the caller's generator is left as it was"
+    by_step = dict.fromkeys(seeds)
+    assert 3 not in by_step
+    assert SPEC.steps < len(by_step) <= 2 * SPEC.steps, "a seed for each step of both runs, but for empty batches"
+
+
 def test_only_chosen_parameters_move(dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path):
     model = make_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}

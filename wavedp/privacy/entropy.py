@@ -5,11 +5,14 @@ Every draw of noise and every sampled batch reads fresh bytes from an :class:`En
 keeps no state, so there is nothing to save, to resume or to replay, and a forked process cannot repeat it.
 """
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from wavedp.functional import NoiseKey
 from wavedp.privacy.validation import check_integer
@@ -52,3 +55,17 @@ class Entropy:
     def words(self, count: int, dtype: str = "<u8") -> npt.NDArray[np.unsignedinteger]:
         """Return ``count`` uniform unsigned integers of little-endian type ``dtype``, ``<u4`` or ``<u8``."""
         return np.frombuffer(self.read(count * np.dtype(dtype).itemsize), dtype=dtype)
+
+
+@contextlib.contextmanager
+def unpredictable_draws(device: torch.device) -> Iterator[Callable[[], object]]:
+    """What a model draws inside, such as dropout; the function that is given seeds torch's generators of the CPU and of
+    ``device`` by the operating system, and they are put back in the end.
+
+    Such draws go by a row's place in the batch. From a seed that is known, a record that is removed gives its draws to
+    the next one, and so on, and the sum of clipped gradients changes by more than one record. From one that nobody
+    knows they are alike in law for all records, each of which may be thought to keep its own. torch keeps 32 bits of a
+    seed, so each batch gets its own.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield lambda: torch.manual_seed(int.from_bytes(os.urandom(8), "little"))

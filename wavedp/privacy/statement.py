@@ -35,6 +35,7 @@ ASSUMPTIONS = (
     "protection and are not covered.",
     "Settings were not tuned on the private data, or the runs that tuned them are charged separately.",
     "Randomness comes from the operating system's generator; the machine, its memory and its timing are trusted.",
+    "What the model or its loss draws, such as dropout, comes from a generator whose seed nobody knows.",
 )
 """What the guarantee rests on beyond what the code enforces."""
 

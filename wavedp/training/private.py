@@ -24,6 +24,7 @@ from wavedp.privacy import (
     physical_batches,
     release_label_histogram,
 )
+from wavedp.privacy.entropy import unpredictable_draws
 from wavedp.privacy.histogram import HISTOGRAM_FILE
 from wavedp.privacy.spec import LABEL_HISTOGRAM
 from wavedp.privacy.validation import check_integer, check_real
@@ -149,11 +150,13 @@ def finetune_private(
             bar,
             PrivateOptimizer(model, optimizer, spec, sampler=sampler, ledger=ledger, reserve_steps=1) as private,
             DeferredInterrupt() as interrupt,
+            unpredictable_draws(device) as draw_anew,
         ):
             whole = True  # the weights are those after a step, not inside one
             try:
                 for step, indices in enumerate(sampler, start=start):
                     total = 0.0
+                    draw_anew()
                     for chunk in physical_batches(indices, config.physical_batch_size // versions):
                         rows = chunk.repeat_interleave(versions)  # a version has its record's class and text
                         given = () if text is None else text.rows(rows, device)
