@@ -226,6 +226,9 @@ def _constants(
         pair = mean and tuple(mean), std and tuple(std)
         return numbers(op, *pair, levels, tuple(channels), factor, dtype, device, divide)
     means, deviations = _both_checked(op, mean, std, levels, channels)
+    if not [entry for entry in (*means, *deviations) if isinstance(entry, Tensor)]:
+        floats = [float(entry) for entry in means], [float(entry) for entry in deviations]
+        return _numbers(op, *floats, levels, channels, factor, dtype, device, divide)
     shift, scale = (
         torch.cat([_spread(entry, count, dtype, device) for entry, count in zip(constants, channels)])
         for constants in (means, deviations)

@@ -8,6 +8,7 @@ import csv
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,6 @@ from wavedp.data import load_digits_dataset, to_unit_range
 from wavedp.errors import BadFileError, InvalidValueError, MissingFileError
 from wavedp.functional import coarse
 from wavedp.models import load_autoregressive, load_tokenizer
-from wavedp.privacy import PrivacyBudget, PrivacyLedger, PrivacySpec
 from wavedp.training.runs import read_log
 
 ROOT = Path(__file__).parents[2]
@@ -475,25 +475,61 @@ def test_a_public_model_is_measured_on_the_private_images_held_out(done: Path, t
     assert base["pretrain"] == folders["pretrain"], "the digest is the same in another folder"
 
 
-def test_runs_in_a_shared_ledger_and_broken_ones_are_counted(tmp_path: Path) -> None:
-    spec = PrivacySpec(
-        noise_multiplier=1.0, sample_rate=0.1, steps=3, max_grad_norm=1.0, expected_batch_size=1.0, delta=1e-5,
-        dataset_size_bound=10,
-    )  # fmt: skip
-    broken = tmp_path / "stages" / "finetune-1" / "ledger.jsonl"
-    broken.parent.mkdir(parents=True)
-    with PrivacyLedger(broken, spec) as ledger:
-        ledger.reserve(1)
-    shared = tmp_path / "shared.jsonl"
-    for name in ("a", "b"):
-        budget = PrivacyBudget(epsilon=100.0, delta=1e-3)
-        with PrivacyLedger(shared, spec, budget=budget if name == "a" else None, run=name) as ledger:
-            ledger.reserve(1)
-    total = spent(tmp_path / "stages", [shared, tmp_path / "not-there.jsonl"])
-    assert total["private_runs"] == 3
-    assert total["epsilon"] == pytest.approx(3 * spec.epsilon(), rel=1e-6)
-    assert total["delta"] == pytest.approx(3e-5)
-    assert spent(tmp_path / "none", []) == {"private_runs": 0, "epsilon": 0.0, "delta": 0.0}
+def spending(out: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads((out / "summary.json").read_text())["spent"]
+    return found
+
+
+def test_what_began_stays_spent(tmp_path: Path, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether it broke off, was removed, was charged elsewhere, or is in the study no more."""
+    shared = ROWS.replace("max-grad-norm = 0.5", 'max-grad-norm = 0.5, ledger = "l.jsonl", budget = [30, 1e-3]')
+    file, out = write(tmp_path, shared), tmp_path / "run"
+    command = ["study", str(file), "--data", "digits", *COMMON, "--out", str(out)]
+    calls.failing, calls.at = InvalidValueError("broken off"), 2
+    assert main([*command, "--rows", "base"]) == 2
+    assert "1 private runs" in capsys.readouterr().out
+    assert spending(out)["private_runs"] == 1
+    assert 7.9 < spending(out)["epsilon"] <= 8
+    assert main([*command, "--rows", "base"]) == 0
+    assert spending(out)["private_runs"] == 1, "the same run, taken up"
+    one = spending(out)
+    write(tmp_path)
+    assert main([*command, "--rows", "wide"]) == 0
+    assert spending(out)["private_runs"] == 2
+    assert spending(out)["epsilon"] == pytest.approx(2 * one["epsilon"], rel=1e-2)
+    (folder,) = {name for command_name, name in calls if command_name == "finetune"} - {
+        json.loads((out / "summary.json").read_text())["rows"]["base"]["stages"]["finetune"]
+    }
+    shutil.rmtree(out / "stages" / folder)
+    capsys.readouterr()
+    assert main([*command, "--rows", "wide"]) == 2
+    assert "another stage that is gone" in capsys.readouterr().err, (
+        "samples of the removed model are not its successor's"
+    )
+    assert spending(out)["private_runs"] == 3
+    assert spending(out)["delta"] == pytest.approx(3e-5)
+
+
+def test_a_row_is_measured_anew_after_its_model_was_replaced(
+    tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 'recipe = "recipe.toml"\n[[row]]\nname = "a"\nsample = false\nevaluate = false\n'
+    command = ["study", str(write(tmp_path, rows)), "--data", "digits", *COMMON, "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    monkeypatch.setattr(study, "measure", lambda *_: dict.fromkeys(FIGURES) | {"nats_per_token": 3.0})
+    assert main(command) == 0
+    assert [row["nats_per_token"] for row in read_csv(tmp_path / "run" / "results.csv")] == ["2.0"]
+    shutil.rmtree(next((tmp_path / "run" / "stages").glob("finetune-*")))
+    assert main(command) == 0
+    assert [row["nats_per_token"] for row in read_csv(tmp_path / "run" / "results.csv")] == ["3.0"]
+    assert spending(tmp_path / "run")["private_runs"] == 2
+
+
+def test_the_cost_of_all_runs_is_their_sum() -> None:
+    assert spent([{"epsilon": 8.0, "delta": 1e-5}, {"epsilon": 1.5, "delta": 2e-5}]) == {
+        "private_runs": 2, "epsilon": 9.5, "delta": pytest.approx(3e-5),
+    }  # fmt: skip
+    assert spent([]) == {"private_runs": 0, "epsilon": 0.0, "delta": 0.0}
 
 
 def test_accuracies_of_both_protocols() -> None:

@@ -277,6 +277,19 @@ def test_constants_of_inference_mode_serve_a_later_backward() -> None:
     torch.testing.assert_close(leaves[1].grad, wanted[0])
 
 
+def test_numbers_of_any_kind_are_the_same_numbers() -> None:
+    """In float64 until they are rounded once, whoever made them."""
+    x, generator = torch.rand(1, 2, 16, 16), np.random.default_rng(0)
+    for _ in range(20):
+        mean, std = generator.normal(size=3), generator.uniform(0.5, 2.0, size=3)
+        expected = wavedp.wavelet_tokens(x, 2, 2, mean.tolist(), std.tolist())
+        found = wavedp.wavelet_tokens(x, 2, 2, list(mean), tuple(std))
+        assert all(torch.equal(*pair) for pair in zip(found, expected))
+    halves = [[1, 2, 4], [True + 0.0, 2.0, 4.0], list(np.array([1, 2, 4]))]
+    first, *others = (wavedp.wavelet_tokens(x, 2, 2, [0, 0, 0], std) for std in halves)
+    assert all(torch.equal(*pair) for other in others for pair in zip(other, first))
+
+
 def test_energies_carry_no_gradient() -> None:
     x = noise(1, 1, 4, 4).requires_grad_()
     tokens, energies = wavedp.wavelet_tokens(x, 1, 1, energies=True)

@@ -234,6 +234,7 @@ def run(arguments: argparse.Namespace) -> None:
         save_every=arguments.save_every,
     )
     layout = tokenizer.layout
+    config.check_image_size(layout.image_size)
     # The ledger comes first: a run without a budget reads no image and leaves no folder.
     with open_ledger(arguments, spec) or contextlib.nullcontext() as ledger:
         dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)

@@ -2,12 +2,12 @@
 """Runs a study and compares its rows, each a recipe with something changed (configs/fashion-mnist-study.toml is one).
 
 PRIVACY: the private stage of every row is a private run on the same images, and spends a budget OF ITS OWN. What
-all of them release together costs the composition of their budgets: summary.json adds them up. The figures are
-computed from real images without noise and are NOT private, and a row that is chosen by looking at them is not
-covered by that row's epsilon, nor by the sum.
+all of them release together costs the composition of their budgets: private_runs.json names every one before it starts,
+and summary.json adds them up. The figures are computed from real images without noise and are NOT private, and a row
+that is chosen by looking at them is not covered by that row's epsilon, nor by the sum.
 
 Every row is the recipe with overrides. Stages that agree between rows, with all that they read, are run once, in
-stages/<stage>-<digest> inside --out. The options of all rows are checked before anything is run. Finished stages and
+stages/<stage>-<digest> inside --out. The command lines of all rows are read before anything is run. Finished stages and
 rows are not run again: the same command continues where it was stopped or killed. Several processes may run rows of one
 study in one --out, each with --rows of its own: a stage is run by one of them, and the others wait for it.
 
@@ -17,6 +17,7 @@ private stage that was killed has lost the steps since its last checkpoint; its 
 """
 
 import argparse
+import secrets
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import torch
 from wavedp.cli import arguments as shared
 from wavedp.cli.recipe_stages import SUMMARY_FILE, command_line, digests, parse, read_summary, run_stage
 from wavedp.cli.study_file import Row, read_study
-from wavedp.cli.study_results import Parsed, draw, last_of, measure, source_of_held_out, spent, table
+from wavedp.cli.study_results import Parsed, draw, last_of, measure, planned_cost, source_of_held_out, spent, table
 from wavedp.errors import BadFileError, InvalidValueError
 from wavedp.storage import alone, read_json, write_json
 from wavedp.training.results import write_rows
@@ -37,6 +38,8 @@ from wavedp.training.runs import RunFolder
 
 STAGES = "stages"
 STAGE_FILE = "stage.json"
+PRIVATE_RUNS_FILE = "private_runs.json"
+"""Every private stage that ever began, with what it may cost; nothing is taken out."""
 TIMES = ("seconds", "cpu_seconds", "attempts")
 """What is told of each stage of a row; see `run_stage`."""
 NOTE = (
@@ -80,20 +83,20 @@ def run(arguments: argparse.Namespace) -> None:
     read_summary(arguments.out, "study")  # of a recipe: refused before it is touched
     RunFolder(arguments.out, shared.settings(arguments), overwrite=True)
     print(f"{study.summary}\n{NOTE}")
-    for number, plan in enumerate(plans, start=1):
-        if plan.row not in chosen:
-            continue
-        print(f"row {number}/{len(plans)}: {plan.row.name}", flush=True)
-        run_row(plan, base, device, arguments.out)
-        with alone(arguments.out):
+    try:
+        for number, plan in enumerate(plans, start=1):
+            if plan.row not in chosen:
+                continue
+            print(f"row {number}/{len(plans)}: {plan.row.name}", flush=True)
+            run_row(plan, base, device, arguments.out)
             write_results(plans, arguments.out, study.summary)
-    with alone(arguments.out):
-        print(table(write_results(plans, arguments.out, study.summary)))
-    total = read_summary(arguments.out, "study")["spent"]
-    print(
-        f"{NOTE}\n{total['private_runs']} private runs in {arguments.out}: together epsilon {total['epsilon']:.6g} at "
-        f"delta {total['delta']:.6g}"
-    )
+    finally:
+        rows = write_results(plans, arguments.out, study.summary)
+        total = read_summary(arguments.out, "study")["spent"]
+        print(
+            f"{table(rows)}\n{NOTE}\n{total['private_runs']} private runs in {arguments.out}: together epsilon "
+            f"{total['epsilon']:.6g} at delta {total['delta']:.6g}"
+        )
 
 
 def planned(row: Row, arguments: argparse.Namespace) -> Plan:
@@ -130,22 +133,51 @@ def show(plans: Sequence[Plan]) -> None:
 
 def run_row(plan: Plan, base: Parsed, device: torch.device, out: Path) -> None:
     """Runs what is not finished of a row, measures it, and keeps the figures in summary.json."""
-    records = {}
-    for number, (name, folder) in enumerate(plan.folders.items(), start=1):
+    records: dict[str, dict[str, Any]] = {}
+    for number, stage in enumerate(plan.row.recipe.stages, start=1):
+        folder = plan.folders[stage.name]
         title, place = f"  {number}/{len(plan.folders)} {folder}", out / STAGES / folder
+        reads = {name: records[name]["run"] for name in sorted({*stage.references()} & {*records})}
         with alone(place, partial(print, f"{title}: waiting for the process that runs it", flush=True)):
-            records[name] = record = read_record(place)
+            records[stage.name] = record = read_record(place)
+            if record.get("reads", reads) != reads:
+                raise BadFileError(
+                    f"{place} was made from a run of another stage that is gone; remove it to make it anew"
+                )
             finished = "finished" in record
             print(title + (": finished before" if finished else ""), flush=True)
             if not finished:
-                run_stage(plan.parsed[name], place, record, partial(write_json, place / STAGE_FILE, record))
+                run_recorded(plan.parsed[stage.name], place, record | {"reads": reads}, out)
+                record.update(read_record(place))
+    runs = {name: record["run"] for name, record in records.items()}
     known = read_summary(out, "study").get("rows", {}).get(plan.row.name, {})
-    figures = known["figures"] if known.get("stages") == plan.folders else measure(plan.parsed, base, device)
+    figures = known["figures"] if known.get("runs") == runs else measure(plan.parsed, base, device)
     times = {name: {key: record[key] for key in TIMES} for name, record in records.items()}
+    row = {"note": plan.row.note, "stages": plan.folders, "runs": runs, "figures": figures, "times": times}
     with alone(out):
         summary = read_summary(out, "study")
-        rows = {**summary.get("rows", {}), plan.row.name: {"stages": plan.folders, "figures": figures, "times": times}}
+        rows = {**summary.get("rows", {}), plan.row.name: row}
         write_json(out / SUMMARY_FILE, {"command": "study", **summary, "rows": rows})
+
+
+def run_recorded(parsed: argparse.Namespace, place: Path, record: dict[str, Any], out: Path) -> None:
+    """Runs a stage. A private one that begins is put down with what it may cost before anything else happens."""
+    if "run" not in record:
+        record["run"] = secrets.token_hex(8)  # of two runs of the same stage, after the first was removed
+        if parsed.command == "finetune":
+            cost = {"stage": place.name, "run": record["run"], **planned_cost(parsed)}
+            with alone(out):
+                write_json(out / PRIVATE_RUNS_FILE, [*private_runs(out), cost])
+    run_stage(parsed, place, record, partial(write_json, place / STAGE_FILE, record))
+
+
+def private_runs(out: Path) -> list[dict[str, Any]]:
+    """What `PRIVATE_RUNS_FILE` holds."""
+    file = out / PRIVATE_RUNS_FILE
+    runs = read_json(file) if file.is_file() else []
+    if not isinstance(runs, list) or not all(isinstance(run, dict) and {"epsilon", "delta"} <= {*run} for run in runs):
+        raise BadFileError(f"{file} is no record of private runs: it was damaged; use another folder")
+    return runs
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -158,32 +190,24 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def write_results(plans: Sequence[Plan], out: Path, summary_text: str) -> list[dict[str, Any]]:
-    """Writes results.csv, results.png and summary.json from the rows measured so far, which are returned; ``out`` is
-    held `alone`."""
-    summary = read_summary(out, "study")
-    known = {
-        plan.row.name: {"note": plan.row.note, **found}
-        for plan in plans
-        if (found := summary["rows"].get(plan.row.name)) and found["stages"] == plan.folders
-    }
-    private = (parsed for plan in plans for parsed in plan.parsed.values() if parsed.command == "finetune")
-    ledgers = {parsed.ledger for parsed in private if parsed.ledger is not None}
-    write_json(
-        out / SUMMARY_FILE,
-        {
-            "command": "study",
-            "private": False,
-            "note": NOTE,
-            "summary": summary_text,
-            "spent": spent(out / STAGES, ledgers),
-            "rows": known,
-        },
-    )
-    stages = list(dict.fromkeys(name for plan in plans for name in plan.folders))
-    rows = [as_row(name, row, stages) for name, row in known.items()]
-    write_rows(out / "results.csv", rows)
-    draw(out / "results.png", rows)
+    """Writes results.csv, results.png and summary.json from the rows measured so far, which are returned. Rows of other
+    studies in the same folder stay in summary.json."""
+    with alone(out):
+        found = read_summary(out, "study").get("rows", {})
+        known = {plan.row.name: found[plan.row.name] for plan in plans if is_of(plan, found.get(plan.row.name))}
+        total = spent(private_runs(out))
+        about = {"command": "study", "private": False, "note": NOTE, "summary": summary_text, "spent": total}
+        write_json(out / SUMMARY_FILE, {**about, "rows": {**found, **known}})
+        stages = list(dict.fromkeys(name for plan in plans for name in plan.folders))
+        rows = [as_row(name, row, stages) for name, row in known.items()]
+        if rows:
+            write_rows(out / "results.csv", rows)
+            draw(out / "results.png", rows)
     return rows
+
+
+def is_of(plan: Plan, row: dict[str, Any] | None) -> bool:
+    return row is not None and row["stages"] == plan.folders
 
 
 def as_row(name: str, row: dict[str, Any], stages: Sequence[str]) -> dict[str, Any]:

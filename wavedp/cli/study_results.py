@@ -2,7 +2,7 @@
 """What is measured of a row of a study, and how it is shown. NOT private: it is computed from real images."""
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from wavedp.cli import arguments as shared
-from wavedp.cli.finetune import lora
+from wavedp.cli.finetune import lora, privacy_spec
 from wavedp.cli.pretrain import model_folder
 from wavedp.data import ImageDataset
 from wavedp.errors import InvalidValueError
 from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, load_autoregressive, load_tokenizer
-from wavedp.privacy import read_ledger
 from wavedp.storage import read_json
 from wavedp.training.pictures import save_dots
 from wavedp.training.public import tokenize
@@ -116,20 +115,17 @@ def accuracies(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def spent(stages: Path, shared_ledgers: Iterable[Path]) -> dict[str, Any]:
-    """What the private runs in the folders of ``stages`` and in ledgers elsewhere cost together, by adding their
-    epsilons and deltas, which holds however the runs were chosen; those that broke off count whole."""
-    costs = []
-    for ledger in sorted({*stages.glob("*/ledger.jsonl"), *(path for path in shared_ledgers if path.is_file())}):
-        statement = ledger.with_name("privacy.json")
-        if statement.is_file() and ledger.parent.parent == stages:
-            told = read_json(statement)
-            costs.append((1, told["epsilon"], told["delta"]))
-        else:
-            contents = read_ledger(ledger)
-            costs.append((len(contents.runs), *contents.spent()))
-    runs, epsilon, delta = (sum(values) for values in zip(*costs)) if costs else (0, 0.0, 0.0)
-    return {"private_runs": runs, "epsilon": epsilon, "delta": delta}
+def planned_cost(private: argparse.Namespace) -> dict[str, float]:
+    """Epsilon and delta of all the steps that a private stage may take."""
+    strict = private.noise_mode == "strict"  # what rounding costs depends on the model
+    spec = privacy_spec(private, trained_parameters(private) if strict else None)
+    return {"epsilon": spec.epsilon(), "delta": spec.delta}
+
+
+def spent(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What private runs cost together, by adding their epsilons and deltas, which holds however they were chosen."""
+    epsilon, delta = (sum(run[name] for run in runs) for name in ("epsilon", "delta"))
+    return {"private_runs": len(runs), "epsilon": float(epsilon), "delta": float(delta)}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

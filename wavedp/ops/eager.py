@@ -30,7 +30,6 @@ _PLAIN_CPU_KEYS = frozenset(_plain_keys("CPU"))
 _PLAIN_KEYS = frozenset(_plain_keys("CUDA")) | _PLAIN_CPU_KEYS
 _PLAIN_TYPES = {Tensor, _Parameter}
 _dispatch_keys = _C._dispatch_keys
-_any_requires_grad = _C._any_requires_grad
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _functorch_is_active = _C._are_functorch_transforms_active
@@ -66,7 +65,7 @@ def are_plain_alike(tensors: Sequence[Tensor]) -> bool:
     """Whether :func:`is_plain` holds of all of these tensors of the CPU, and all have one dtype."""
     if not is_plain() or not {*map(type, tensors)} <= _PLAIN_TYPES:
         return False
-    if _is_grad_enabled() and _any_requires_grad(*tensors):
+    if _is_grad_enabled() and [x for x in tensors if x.requires_grad]:
         return False
     dtype, keys, plain_keys = tensors[0].dtype, _dispatch_keys, _PLAIN_CPU_KEYS
     return not [x for x in tensors if x.dtype is not dtype or keys(x).raw_repr() not in plain_keys]

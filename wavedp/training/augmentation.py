@@ -22,7 +22,7 @@ def mirror_and_move(
 ) -> Tensor:
     """Each image mirrored or not if ``flip``, and moved each way by up to ``shift`` whole pixels, its edge repeated."""
     if flip:
-        mirrored = torch.rand(len(images), generator=generator) < 0.5
+        mirrored = torch.rand(len(images), generator=generator, dtype=torch.float32) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     if shift:
         side = images.shape[-1]
@@ -58,6 +58,13 @@ class Augmentation:
                 "augmentation_shift or augmentation_flip"
             )
 
+    def check_image_size(self, side: int) -> None:
+        """Raises ValueError where ``augmentation_shift`` would move images of that many pixels out of their frame."""
+        if self.augmentations > 1 and self.augmentation_shift >= side:
+            raise InvalidValueError(
+                f"augmentation_shift={self.augmentation_shift} would move images of {side} pixels out of their frame"
+            )
+
 
 class ImageVersions(ImageDataset):
     """The versions of every image of a data set, next to each other.
@@ -66,15 +73,12 @@ class ImageVersions(ImageDataset):
     or removed, all others keep theirs, so that what the sum of clipped gradients changes by is that one record's. It
     does not depend on how the images are read either.
 
-    Raises ValueError where ``augmentation_shift`` would move an image out of its frame.
+    Raises ValueError as `Augmentation.check_image_size`.
     """
 
     def __init__(self, images: ImageDataset, augmentation: Augmentation) -> None:
-        versions, shift = augmentation.augmentations, augmentation.augmentation_shift
-        if versions > 1 and shift >= images.image_size:
-            raise InvalidValueError(
-                f"augmentation_shift={shift} would move images of {images.image_size} pixels out of their frame"
-            )
+        augmentation.check_image_size(images.image_size)
+        versions = augmentation.augmentations
         super().__init__(
             images.labels.repeat_interleave(versions),
             classes=images.classes,
