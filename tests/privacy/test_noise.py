@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from wavedp.privacy import Entropy, gaussian_noise, grid_step, round_to_grid
+from wavedp.privacy.entropy import unpredictable_draws
 
 DRAWS = 1_000_000
 SIGMAS = 5.4  # two-sided 6.7e-8
@@ -91,3 +92,18 @@ def test_grid_must_be_a_power_of_two() -> None:
         round_to_grid(torch.ones(2), 0.3)
     with pytest.raises(ValueError, match="step"):
         round_to_grid(torch.ones(2), 0.0)
+
+
+def test_draws_inside_a_model_come_from_a_seed_that_nobody_knows() -> None:
+    """A new one whenever it is asked for; a known seed from outside neither counts nor is lost."""
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        with unpredictable_draws(torch.device("cpu")) as draw_anew:
+            for _ in range(3):
+                draw_anew()
+                drawn.append(tuple(torch.rand(4).tolist()))
+        after = torch.rand(4)
+    assert len(set(drawn)) == 6
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(4), after)
