@@ -220,22 +220,21 @@ def _constants(
 ) -> tuple[Tensor, Tensor]:
     """``factor`` times the mean, and times the deviation or its inverse, of every channel of the scales."""
     dtype, device = torch.float64 if like.dtype == torch.float64 else torch.float32, like.device
-    if _are_numbers(mean, levels + 1) and _are_numbers(std, levels + 1):
-        # What is made under a mode or a gradient is not for later calls.
-        numbers = _cached_numbers if is_plain(like) else _numbers
-        pair = mean and tuple(mean), std and tuple(std)
-        return numbers(op, *pair, levels, tuple(channels), factor, dtype, device, divide)
-    means, deviations = _both_checked(op, mean, std, levels, channels)
-    if not [entry for entry in (*means, *deviations) if isinstance(entry, Tensor)]:
-        floats = [float(entry) for entry in means], [float(entry) for entry in deviations]
-        return _numbers(op, *floats, levels, channels, factor, dtype, device, divide)
-    shift, scale = (
-        torch.cat([_spread(entry, count, dtype, device) for entry, count in zip(constants, channels)])
-        for constants in (means, deviations)
-    )
-    if factor != 1.0:
-        shift, scale = factor * shift, factor * scale
-    return shift, scale.reciprocal() if divide else scale
+    if not (_are_numbers(mean, levels + 1) and _are_numbers(std, levels + 1)):
+        means, deviations = _both_checked(op, mean, std, levels, channels)
+        if [entry for entry in (*means, *deviations) if isinstance(entry, Tensor)]:
+            shift, scale = (
+                torch.cat([_spread(entry, count, dtype, device) for entry, count in zip(constants, channels)])
+                for constants in (means, deviations)
+            )
+            if factor != 1.0:
+                shift, scale = factor * shift, factor * scale
+            return shift, scale.reciprocal() if divide else scale
+        mean, std = [float(entry) for entry in means], [float(entry) for entry in deviations]
+    # What is made under a mode or a gradient is not for later calls.
+    numbers = _cached_numbers if is_plain(like) else _numbers
+    pair = mean and tuple(mean), std and tuple(std)
+    return numbers(op, *pair, levels, tuple(channels), factor, dtype, device, divide)
 
 
 def _are_numbers(constants: Any, count: int) -> bool:

@@ -59,8 +59,8 @@ class Entropy:
 
 @contextlib.contextmanager
 def unpredictable_draws(device: torch.device) -> Iterator[Callable[[], object]]:
-    """What a model draws inside, such as dropout; the function that is given seeds torch's generators
-    by the operating system; those of the CPU and of ``device`` are put back in the end.
+    """What a model draws inside, such as dropout; the function that is given seeds torch's generators by the operating
+    system; those of the CPU and of ``device`` are put back in the end.
 
     Such draws go by a row's place in the batch. From a seed that is known, a record that is removed gives its draws to
     the next one, and so on, and the sum of clipped gradients changes by more than one record. From one that nobody
