@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wavedp.privacy import FlatClipping, GradientBook, forms_conv
+from wavedp.privacy import FlatClipping, GradientBook, PerGroupClipping, forms_conv
+from wavedp.privacy.bookings import Bookings, Factors
 from wavedp.privacy.forms_blocks import RowBlocks
 from wavedp.privacy.forms_conv import Convolution, Geometry
-from wavedp.privacy.per_sample import Materialised, combined
+from wavedp.privacy.per_sample import SMALL, Materialised, combined, is_small, side_by_side
 
 Make = Callable[..., Any]
 
@@ -81,6 +82,54 @@ def test_blocks_join_where_they_are_the_same_or_apart() -> None:
         assert isinstance(joined, RowBlocks if count < 4 else Materialised)
         assert torch.allclose(joined.squared_norms(), dense.square().sum((1, 2)), rtol=1e-12)
         assert torch.allclose(joined.weighted_sum(torch.ones(3, dtype=torch.float64)), dense.sum(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("records", [0, 1, 70])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_side_by_side_is_as_each_alone(records: int, dtype: torch.dtype) -> None:
+    shapes = [(3,), (), (2, 3), (0,), (1, 1, 5)]
+    generator = torch.Generator().manual_seed(2)
+    alone = [Materialised(torch.randn(records, *shape, generator=generator).to(dtype)) for shape in shapes]
+    whole, parts = side_by_side(alone)
+    factors = torch.linspace(0, 1, records, dtype=torch.promote_types(dtype, torch.float32))
+    squares = torch.stack([form.squared_norms() for form in alone]).sum(0)
+    assert torch.allclose(whole.squared_norms(), squares, rtol=1e-12)
+    for part, form in zip(parts, alone, strict=True):
+        assert torch.equal(part.grads, form.grads)
+        assert torch.equal(part.squared_norms(), form.squared_norms())
+        assert torch.allclose(part.weighted_sum(factors), form.weighted_sum(factors), rtol=1e-6, atol=1e-7)
+        assert part.weighted_sum(factors).shape == form.grads.shape[1:]
+    halved = factors / 2  # other factors, and not the sums of before
+    assert torch.allclose(parts[0].weighted_sum(halved), alone[0].weighted_sum(halved), rtol=1e-6, atol=1e-7)
+
+
+def test_small_gradients_stand_side_by_side_within_their_group() -> None:
+    names = ["a.weight", "a.bias", "b.weight", "b.bias", "b.large"]
+    parameters = {name: nn.Parameter(torch.zeros(SMALL + 1 if "large" in name else 4)) for name in names}
+    grads = {name: torch.randn(3, parameter.numel()) for name, parameter in parameters.items()}
+    grads["a.bias"][1, 2] = math.nan
+    bookings = Bookings()
+    bookings.rows = 3
+    for name, grad in grads.items():
+        bookings.add(name, Materialised(grad), alone=True)
+    clipping = PerGroupClipping({"a": 0.5, "b": 0.25}).for_parameters(names)
+    norms = bookings.squared_norms(clipping, 2.0, torch.device("cpu"))
+    for group in "ab":
+        expected = torch.stack([4 * grads[n].double().square().sum(1) for n in names if n.startswith(group)]).sum(0)
+        assert torch.allclose(norms[group], expected, rtol=1e-6, equal_nan=True)
+    sums = bookings.clipped_sums(Factors(parameters, clipping, norms, 2.0))
+    assert sums.keys() == set(names)
+    for name in names:
+        factors = clipping.group_factors(norms, torch.float32)[name[0]]
+        assert factors[1] == 0
+        expected = (2 * factors[[0, 2], None] * grads[name][[0, 2]]).sum(0)
+        assert torch.allclose(sums[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_small() -> None:
+    assert is_small(Materialised(torch.zeros(2, SMALL)))
+    assert not is_small(Materialised(torch.zeros(2, SMALL + 1)))
+    assert not is_small(convolution(2, torch.float32))
 
 
 def test_attention_to_itself_and_then_to_another(measured: Make) -> None:

@@ -76,7 +76,8 @@ class DemoSizes:
             ),
             tokenizer_training=TrainingConfig(steps=500, batch_size=64, learning_rate=3e-3),
             pretraining=TrainingConfig(steps=1000, batch_size=128, learning_rate=2e-3, weight_decay=0.05),
-            finetuning=PrivateTrainingConfig(learning_rate=2e-3, ema_decay=0.95),
+            # a batch has 360 images on average, and room for more
+            finetuning=PrivateTrainingConfig(learning_rate=2e-3, ema_decay=0.95, physical_batch_size=512),
         )
 
     def quick(self) -> "DemoSizes":

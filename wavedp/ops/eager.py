@@ -6,6 +6,7 @@ nothing but call the kernel: no gradient, no tracing, no transform, no mode, no 
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ def _plain_keys(backend: str) -> list[int]:
 _PLAIN_CPU_KEYS = frozenset(_plain_keys("CPU"))
 _PLAIN_KEYS = frozenset(_plain_keys("CUDA")) | _PLAIN_CPU_KEYS
 _PLAIN_TYPES = {Tensor, _Parameter}
+_dtype_of = attrgetter("dtype")
+_bits_of = _KeySet.raw_repr
 _dispatch_keys = _C._dispatch_keys
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -67,8 +70,7 @@ def are_plain_alike(tensors: Sequence[Tensor]) -> bool:
         return False
     if _is_grad_enabled() and [x for x in tensors if x.requires_grad]:
         return False
-    dtype, keys, plain_keys = tensors[0].dtype, _dispatch_keys, _PLAIN_CPU_KEYS
-    return not [x for x in tensors if x.dtype is not dtype or keys(x).raw_repr() not in plain_keys]
+    return len({*map(_dtype_of, tensors)}) == 1 and {*map(_bits_of, map(_dispatch_keys, tensors))} <= _PLAIN_CPU_KEYS
 
 
 def is_differentiated(*tensors: Tensor) -> bool:

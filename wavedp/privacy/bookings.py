@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.privacy.clipping import Clipping, accumulation_dtype
-from wavedp.privacy.per_sample import PerSampleGradient, combined
+from wavedp.privacy.per_sample import PerSampleGradient, combined, is_small, side_by_side
 
 LARGEST_IN_FLOAT32 = 2.0**20
 """Factors above this are not multiplied in float32. Clipping factors are 1 at most, times the rows of a mean."""
@@ -67,13 +67,13 @@ class Bookings:
     def add(self, name: str, form: PerSampleGradient, *, alone: bool) -> None:
         """Book one use of a parameter; ``alone`` promises that it is the only one, so its norms are taken at once.
 
-        What is booked was just computed and is in the cache then.
+        What is booked was just computed and is in the cache then; small gradients wait for others.
         """
         form = self.of_records(form)
         if alone and self._norms_only:
             self._left[name] = form.squared_norms()
             return
-        if alone:
+        if alone and not is_small(form):
             form.squared_norms()
         self._forms.setdefault(name, []).append(form)
 
@@ -104,15 +104,28 @@ class Bookings:
 
     def squared_norms(self, clipping: Clipping, scale: float, device: torch.device) -> dict[str, Tensor]:
         """Every record's squared norm ``[B]`` float64 in each clipping group that was reached; joins the uses."""
-        norms: dict[str, Tensor] = {}
+        small: dict[tuple[str, torch.dtype, torch.device], list[str]] = {}
+        squares: dict[str, list[Tensor]] = {}
         for name, forms in self._forms.items():
-            self._forms[name] = [combined(forms)]
-        squares = {name: form.squared_norms() for name, (form,) in self._forms.items()}
-        for name, squared in {**squares, **self._left}.items():
+            self._forms[name] = [form] = [combined(forms)]
             group = clipping.group_of(name)
-            squared = squared.to(device)
-            norms[group] = norms[group] + squared if group in norms else squared
-        return {group: squared * (scale * scale) for group, squared in norms.items()}
+            if is_small(form):
+                small.setdefault((group, form.grads.dtype, form.grads.device), []).append(name)
+            else:
+                squares.setdefault(group, []).append(form.squared_norms())
+        for (group, _, _), names in small.items():
+            squares.setdefault(group, []).append(self._put_side_by_side(names).squared_norms())
+        for name, squared in self._left.items():
+            squares.setdefault(clipping.group_of(name), []).append(squared)
+        return {
+            group: torch.stack([squared.to(device) for squared in found]).sum(0) * (scale * scale)
+            for group, found in squares.items()
+        }
+
+    def _put_side_by_side(self, names: list[str]) -> PerSampleGradient:
+        whole, parts = side_by_side([self._forms[name][0] for name in names])
+        self._forms.update((name, [part]) for name, part in zip(names, parts))
+        return whole
 
     def clipped_sums(self, factors: "Factors") -> dict[str, Tensor]:
         """The sums over records of clipped gradients, by parameter; empties the bookings."""
@@ -140,15 +153,17 @@ class Factors:
         self._clipping = clipping
         self._norms = norms
         self._scale = scale
-        self._by_dtype: dict[torch.dtype, dict[str, Tensor]] = {}
+        self._by_dtype: dict[torch.dtype, dict[str, Tensor]] = {}  # of parameters
 
     def clipped_sum(self, name: str, form: PerSampleGradient) -> Tensor:
         """The sum over records of the clipped gradients of one parameter, in its shape."""
         parameter = self._parameters[name]
-        dtype = accumulation_dtype(parameter.dtype)
-        if dtype not in self._by_dtype:
-            self._by_dtype[dtype] = _scaled(self._clipping.group_factors(self._norms, dtype), self._scale)
-        factors = self._by_dtype[dtype][self._clipping.group_of(name)].to(parameter.device)
+        by_group = self._by_dtype.get(parameter.dtype)
+        if by_group is None:
+            dtype = accumulation_dtype(parameter.dtype)
+            by_group = _scaled(self._clipping.group_factors(self._norms, dtype), self._scale)
+            self._by_dtype[parameter.dtype] = by_group
+        factors = by_group[self._clipping.group_of(name)].to(parameter.device)
         return form.weighted_sum(factors).reshape(parameter.shape)
 
 

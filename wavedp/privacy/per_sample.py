@@ -6,7 +6,7 @@ norm, and the sum over records weighted by clipping factors. A factor of 0 takes
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ result, and a norm that comes out too small would let the record contribute more
 units in the last place, several times the error measured on cancelling terms; for T uncorrelated tokens it
 raises the norm by T * 2^-21.
 """
+
+SMALL = 1 << 14
+"""Gradients of at most as many entries a record are put side by side with others."""
 
 LONG = 4096
 """Records of more tokens have their norms taken in float64: the share above would raise them by more than 0.2 %."""
@@ -71,6 +74,48 @@ class Materialised:
     def by_record(self, record: Tensor, records: int) -> "Materialised":
         total = torch.zeros(records, *self.grads.shape[1:], dtype=torch.float64, device=self.grads.device)
         return Materialised(total.index_add_(0, record, self.grads.double()))
+
+
+def is_small(form: PerSampleGradient) -> TypeGuard[Materialised]:
+    """Whether these gradients are kept as they are, and cost the calls on them more than the numbers."""
+    return type(form) is Materialised and form.grads.shape[1:].numel() <= SMALL
+
+
+class Part(Materialised):
+    """One of several parameters whose gradients stand side by side, see :func:`side_by_side`."""
+
+    def __init__(self, whole: "Whole", first: int, grads: Tensor) -> None:  # grads: [B, *parameter], a view of the whole
+        super().__init__(grads)
+        self._whole = whole
+        self._first = first
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        shape = self.grads.shape[1:]
+        return self._whole.weighted_sum(factors).narrow(0, self._first, shape.numel()).view(shape)
+
+
+class Whole(Materialised):
+    """Gradients of several parameters side by side, ``[B, entries of all]``: one norm, and one weighted sum for all."""
+
+    def __init__(self, grads: Tensor) -> None:
+        super().__init__(grads)
+        self._latest: tuple[Tensor, Tensor] | None = None
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        if self._latest is None or self._latest[0] is not factors:
+            self._latest = factors, super().weighted_sum(factors)
+        return self._latest[1]
+
+
+def side_by_side(forms: Sequence[Materialised]) -> tuple[Whole, list[Part]]:
+    """Copy small gradients of several parameters, of one type and device, into one tensor; they are views of it then."""
+    sizes = [form.grads.shape[1:].numel() for form in forms]
+    whole = Whole(torch.cat([form.grads.reshape(len(form.grads), size) for form, size in zip(forms, sizes)], dim=1))
+    parts, first = [], 0
+    for form, size in zip(forms, sizes):
+        parts.append(Part(whole, first, whole.grads.narrow(1, first, size).view(form.grads.shape)))
+        first += size
+    return whole, parts
 
 
 class OuterProducts:
