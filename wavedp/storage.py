@@ -138,6 +138,11 @@ def _weights_file(folder: Path) -> str | None:
     return Path(weights).name if isinstance(weights, str) else None
 
 
+def weights_digest(folder: Path) -> str:
+    """The sha256 of the weights that `save_folder` wrote into ``folder``, as `load_folder` checks it."""
+    return str(read_json(folder / CONFIG_FILE)["sha256"])
+
+
 def load_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads what `save_folder` wrote: (config without the storage fields, tensors on the CPU).
 

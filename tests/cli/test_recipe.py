@@ -3,12 +3,14 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from wavedp.cli import main
+from wavedp.cli import build_parser, main
 from wavedp.cli.recipe_file import Stage, read_recipe
+from wavedp.cli.recipe_stages import command_line
 from wavedp.errors import BadFileError, MissingFileError
 
 CONFIGS = [path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.toml")) if "study" not in path.stem]
@@ -194,3 +196,29 @@ def test_a_stage_that_fails_is_run_again(tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     assert main(command) == 2
     assert "1/2 tokenizer: finished before" in capsys.readouterr().out
+
+
+def test_a_public_model_that_is_gone_is_made_again_and_one_that_was_replaced_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = write(tmp_path, SMALL[: SMALL.index("[sample]")]), tmp_path / "run"
+    command = ["recipe", str(recipe), "--data", "digits", "--out", str(out), "--no-progress", "--threads", "1"]
+    assert main(command) == 0
+    private = out / "finetune" / "model" / "model.safetensors"
+    before = private.read_bytes()
+
+    shutil.rmtree(out / "pretrain")
+    capsys.readouterr()
+    assert main(command) == 0  # the same seed makes the same model, and the private one stands
+    assert capsys.readouterr().out.count("finished before") == 2
+    assert private.read_bytes() == before
+
+    shutil.rmtree(out / "pretrain")
+    line = command_line(read_recipe(recipe).stages[1], out, build_parser().parse_args(command))
+    assert main([*line, "--seed=1"]) == 0
+    capsys.readouterr()
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert printed.out.count("finished before") == 2
+    assert "was made from another model, which was replaced since" in printed.err
+    assert private.read_bytes() == before

@@ -211,6 +211,18 @@ def test_a_run_folder_refuses_other_settings(tmp_path: Path):
         RunFolder(tmp_path, {"steps": 4, "seed": 0})
 
 
+def test_a_run_folder_refuses_models_that_were_replaced(tmp_path: Path):
+    config = {"command": "finetune", "model": "public"}
+    RunFolder(tmp_path, config)  # of a version that did not look
+    RunFolder(tmp_path, config, reads={"model": "a", "tokenizer": "t"})
+    RunFolder(tmp_path, config, reads={"model": "a", "tokenizer": "t"})
+    with pytest.raises(ValueError, match="made from another model, which was replaced since"):
+        RunFolder(tmp_path, config, reads={"model": "b", "tokenizer": "t"})
+    with pytest.raises(ValueError, match="made from another model and tokenizer"):
+        RunFolder(tmp_path, config, reads={"model": "b", "tokenizer": "u"})
+    RunFolder(tmp_path, config, reads={"model": "a", "tokenizer": "t"})
+
+
 @pytest.mark.parametrize("changes", [{"steps": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"save_every": 0}])
 def test_bad_training_settings_are_refused(changes: dict[str, float]):
     with pytest.raises(ValueError, match=next(iter(changes))):

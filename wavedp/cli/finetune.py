@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from wavedp.cli import arguments as shared
-from wavedp.cli.pretrain import model_folder, show_samples
+from wavedp.cli.pretrain import digests, model_folder, show_samples
 from wavedp.errors import InvalidValueError
 from wavedp.models import load_autoregressive, load_tokenizer
 from wavedp.privacy import PrivacyBudget, PrivacyLedger, PrivacySpec
@@ -238,7 +238,8 @@ def run(arguments: argparse.Namespace) -> None:
     # The ledger comes first: a run without a budget reads no image and leaves no folder.
     with open_ledger(arguments, spec) or contextlib.nullcontext() as ledger:
         dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
-        folder = RunFolder(arguments.out, shared.settings(arguments))
+        reads = digests(tokenizer=arguments.tokenizer, model=arguments.model)
+        folder = RunFolder(arguments.out, shared.settings(arguments), reads=reads)
         statement = finetune_private(
             dataset, tokenizer, model, spec, config, folder.path, text=shared.open_text(arguments), ledger=ledger,
             progress=not arguments.no_progress,

@@ -13,6 +13,7 @@ import torch
 from wavedp.cli import arguments as shared
 from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, load_tokenizer
 from wavedp.models.autoregressive_config import POSITIONS
+from wavedp.storage import weights_digest
 from wavedp.training.loop import PRECISIONS
 from wavedp.training.pictures import save_grid
 from wavedp.training.public import autoregressive_config, pretrain_autoregressive
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     layout = tokenizer.layout
     dataset = shared.open_data(arguments, image_size=layout.image_size, channels=layout.channels)
     text = shared.open_text(arguments)
-    folder = RunFolder(arguments.out, shared.settings(arguments))
+    folder = RunFolder(arguments.out, shared.settings(arguments), reads=digests(tokenizer=arguments.tokenizer))
     config = autoregressive_config(
         tokenizer,
         classes=dataset.classes,
@@ -81,6 +82,11 @@ def run(arguments: argparse.Namespace) -> None:
 def model_folder(path: Path) -> Path:
     """A run folder stands for the model inside it."""
     return path / "model" if (path / "model" / "config.json").is_file() else path
+
+
+def digests(**models: Path) -> dict[str, str]:
+    """What tells the models in these folders from others in their place."""
+    return {name: weights_digest(model_folder(path)) for name, path in models.items()}
 
 
 @torch.no_grad()

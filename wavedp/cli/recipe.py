@@ -2,8 +2,10 @@
 """Runs every stage of a recipe, such as those in configs/: one command from public and private images to a result.
 
 Each stage is a command of this package with the options that the recipe gives it, in a folder of its own inside --out.
-Finished stages are not run again: the same command continues where it was stopped or killed. summary.json tells how
-long each stage took, what the private one guarantees and what the evaluation found.
+Finished stages are not run again: the same command continues where it was stopped or killed. One whose folder is gone
+is, and what was made from a model that was replaced by another since is not taken for finished; a private stage then
+refuses to go on. summary.json tells how long each stage took, what the private one guarantees and what the evaluation
+found.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from typing import Any
 
 from wavedp.cli import arguments as shared
 from wavedp.cli.recipe_file import Recipe, read_recipe
-from wavedp.cli.recipe_stages import SUMMARY_FILE, command_line, digests, parse, read_summary, run_stage
+from wavedp.cli.recipe_stages import SUMMARY_FILE, command_line, digests, is_current, parse, read_summary, run_stage
 from wavedp.errors import InvalidValueError
 from wavedp.storage import make_folder, write_json
 
@@ -42,12 +44,17 @@ def run(arguments: argparse.Namespace) -> None:
     print(recipe.summary)
     summary = open_summary(arguments.out, recipe, lines, digests(recipe.stages, arguments))
     save = partial(write_json, arguments.out / SUMMARY_FILE, summary)
-    for number, (name, record) in enumerate(summary["stages"].items(), start=1):
-        if "finished" in record:
+    made: set[str] = set()
+    for number, stage in enumerate(recipe.stages, start=1):
+        name, record, folder = stage.name, summary["stages"][stage.name], arguments.out / stage.name
+        reads_new = bool(made & {*stage.references()})
+        if record.pop("finished", False) and is_current(parsed[name], folder, reads_new=reads_new):
+            record["finished"] = True
             print(f"{number}/{len(lines)} {name}: finished before")
             continue
         print(f"{number}/{len(lines)} {name}", flush=True)
-        run_stage(parsed[name], arguments.out / name, record, save)
+        made.add(name)
+        run_stage(parsed[name], folder, record, save)
     print_summary(summary)
 
 

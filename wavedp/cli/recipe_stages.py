@@ -15,9 +15,11 @@ from types import MappingProxyType
 from typing import Any
 
 from wavedp.cli import arguments as shared
+from wavedp.cli.pretrain import model_folder
 from wavedp.cli.recipe_file import Stage
 from wavedp.errors import BadFileError, InvalidValueError
-from wavedp.storage import read_json
+from wavedp.storage import read_json, weights_digest
+from wavedp.training.runs import RUN_FILE
 
 SUMMARY_FILE = "summary.json"
 RESULTS = {"finetune": "privacy.json", "evaluate": "metrics.json"}
@@ -64,6 +66,18 @@ def parse(line: list[str], where: object) -> argparse.Namespace:
             return build_parser().parse_args(line)
     except SystemExit as error:
         raise InvalidValueError(f"{where}: {said.getvalue().strip()}") from error
+
+
+def is_current(parsed: argparse.Namespace, folder: Path, *, reads_new: bool) -> bool:
+    """Whether a finished stage's folder is there, and made from the models that are there now; or, where it does not
+    say from which, from no stage that was just run again (``reads_new``)."""
+    file = folder / RUN_FILE
+    if not file.is_file():
+        return False
+    reads = read_json(file).get("reads")
+    if reads is None:
+        return not reads_new
+    return all(weights_digest(model_folder(getattr(parsed, name))) == digest for name, digest in reads.items())
 
 
 def run_stage(parsed: argparse.Namespace, folder: Path, record: dict[str, Any], save: Callable[[], None]) -> None:

@@ -84,7 +84,7 @@ def is_small(form: PerSampleGradient) -> TypeGuard[Materialised]:
 class Part(Materialised):
     """One of several parameters whose gradients stand side by side, see :func:`side_by_side`."""
 
-    def __init__(self, whole: "Whole", first: int, grads: Tensor) -> None:  # grads: [B, *parameter], a view of the whole
+    def __init__(self, whole: "Whole", first: int, grads: Tensor) -> None:  # grads: [B, *parameter], a view of whole
         super().__init__(grads)
         self._whole = whole
         self._first = first
@@ -108,7 +108,7 @@ class Whole(Materialised):
 
 
 def side_by_side(forms: Sequence[Materialised]) -> tuple[Whole, list[Part]]:
-    """Copy small gradients of several parameters, of one type and device, into one tensor; they are views of it then."""
+    """Copy gradients of several parameters, of one type and device, into one tensor; they are views of it then."""
     sizes = [form.grads.shape[1:].numel() for form in forms]
     whole = Whole(torch.cat([form.grads.reshape(len(form.grads), size) for form, size in zip(forms, sizes)], dim=1))
     parts, first = [], 0

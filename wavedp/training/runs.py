@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from wavedp.errors import BadFileError, InvalidValueError
@@ -19,21 +20,32 @@ class RunFolder:
 
     Opening it with settings that differ from the stored ones raises, so that a resumed run never mixes two. With
     ``overwrite`` the settings may differ, but not the ``command``: no command writes over the run of another.
+    ``reads`` has the digests of the models that the run is made from, by their option: one that was replaced by another
+    in the same place raises as well.
     """
 
-    def __init__(self, path: Path | str, config: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        config: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        reads: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.path = Path(path)
-        self.config = json.loads(json.dumps(config))
+        self.config = json.loads(json.dumps({**config, **({"reads": dict(reads)} if reads else {})}))
         stored = self.path / RUN_FILE
         if stored.exists():
             previous = read_json(stored)
             if not isinstance(previous, dict):
                 raise BadFileError(f"{stored} is no record of a run: it was damaged; use another folder")
-            changed = sorted(key for key in {*previous, *self.config} if previous.get(key) != self.config.get(key))
+            keys = {*previous, *self.config} - {"reads"}
+            changed = sorted(key for key in keys if previous.get(key) != self.config.get(key))
             if "command" in changed:
                 raise InvalidValueError(
                     f"{self.path} belongs to a run of 'wavedp {previous.get('command')}'; use another folder"
                 )
+            self._refuse_replaced(previous.get("reads"), reads)
             if changed and not overwrite:
                 raise InvalidValueError(
                     f"{self.path} was started with other settings ({', '.join(changed)} differ); use another folder, "
@@ -45,6 +57,15 @@ class RunFolder:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    def _refuse_replaced(self, before: Any, reads: Mapping[str, str]) -> None:
+        known = before if isinstance(before, dict) else {}  # runs of earlier versions have none
+        replaced = sorted(name for name in known.keys() & reads.keys() if known[name] != reads[name])
+        if replaced:
+            raise InvalidValueError(
+                f"{self.path} was made from another {' and '.join(replaced)}, which was replaced since; use another "
+                "folder, or put the former one back to resume"
+            )
 
 
 class CsvLog:
