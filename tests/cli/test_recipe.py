@@ -12,6 +12,7 @@ from wavedp.cli import build_parser, main
 from wavedp.cli.recipe_file import Stage, read_recipe
 from wavedp.cli.recipe_stages import command_line
 from wavedp.errors import BadFileError, MissingFileError
+from wavedp.storage import weights_digest
 
 CONFIGS = [path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.toml")) if "study" not in path.stem]
 
@@ -124,6 +125,27 @@ def test_an_unknown_option_is_refused_before_the_first_stage(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("max-records = 200000", "delta"),
+        ("sample-rate = 0.01\naugment-shift = 1", "give --augmentations 2"),
+    ],
+)
+def test_constants_of_the_private_stage_are_refused_before_the_first(
+    option: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = option.split(" = ")[0]
+    lines = [line for line in SMALL.splitlines() if not line.startswith(name)]
+    lines.insert(lines.index("[finetune]") + 1, option)
+    recipe = write(tmp_path, "\n".join(lines))
+    assert main(["recipe", str(recipe), "--data", "digits", "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert str(recipe) in said
+    assert message in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_private_data_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", str(write(tmp_path, SMALL)), "--out", str(tmp_path / "run")]) == 2
     assert "give --data" in capsys.readouterr().err
@@ -204,21 +226,23 @@ def test_a_public_model_that_is_gone_is_made_again_and_one_that_was_replaced_is_
     recipe, out = write(tmp_path, SMALL[: SMALL.index("[sample]")]), tmp_path / "run"
     command = ["recipe", str(recipe), "--data", "digits", "--out", str(out), "--no-progress", "--threads", "1"]
     assert main(command) == 0
-    private = out / "finetune" / "model" / "model.safetensors"
-    before = private.read_bytes()
+    private = out / "finetune" / "model"
+    before = weights_digest(private)
 
+    stages, given = read_recipe(recipe).stages, build_parser().parse_args(command)
+    again = [*stages[2].arguments(out, "digits"), f"--out={out / 'finetune'}", "--no-progress"]
+    assert main([*again, "--augmentations=1"]) == 0  # what is meant where nothing is said
     shutil.rmtree(out / "pretrain")
     capsys.readouterr()
     assert main(command) == 0  # the same seed makes the same model, and the private one stands
     assert capsys.readouterr().out.count("finished before") == 2
-    assert private.read_bytes() == before
+    assert weights_digest(private) == before
 
     shutil.rmtree(out / "pretrain")
-    line = command_line(read_recipe(recipe).stages[1], out, build_parser().parse_args(command))
-    assert main([*line, "--seed=1"]) == 0
+    assert main([*command_line(stages[1], out, given), "--seed=1"]) == 0
     capsys.readouterr()
     assert main(command) == 2
     printed = capsys.readouterr()
     assert printed.out.count("finished before") == 2
     assert "was made from another model, which was replaced since" in printed.err
-    assert private.read_bytes() == before
+    assert weights_digest(private) == before

@@ -55,6 +55,23 @@ def test_runs_add_up_and_the_one_that_does_not_fit_is_refused(path: Path, spec: 
         ledger.reserve(1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epsilon": 1e-3}, "privacy budget exhausted"),
+        ({"delta": 0.5}, "must be below 1/dataset_size_bound"),
+        ({"unit": "hospital"}, "differ in unit"),
+    ],
+)
+def test_a_first_run_that_is_refused_leaves_no_ledger(
+    path: Path, spec: MakeSpec, changes: dict[str, Any], message: str
+) -> None:
+    budget = PrivacyBudget(**{"epsilon": 100.0, "delta": 5e-3, **changes})
+    with pytest.raises(LedgerError, match=message):
+        PrivacyLedger(path, spec(), budget=budget, run="first")
+    assert list(path.parent.iterdir()) == []
+
+
 def test_a_run_resumes_under_its_name_and_never_gets_more_than_its_plan(path: Path, spec: MakeSpec) -> None:
     made = spec(label_noise_multiplier=5.0)
     other = spec(noise_multiplier=2.0)

@@ -195,6 +195,15 @@ def privacy_spec(arguments: argparse.Namespace, trainable_parameters: int | None
     return PrivacySpec.for_target_epsilon(arguments.epsilon, **constants)
 
 
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raises for options that `run` would refuse before it reads anything, but for an epsilon that no noise reaches,
+    which takes a search."""
+    augmentation(arguments)
+    noise = arguments.noise_multiplier or 1.0
+    trainable = 1 if arguments.noise_mode == "strict" else None
+    privacy_spec(argparse.Namespace(**{**vars(arguments), "epsilon": None, "noise_multiplier": noise}), trainable)
+
+
 def lora(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("lora_rank", "lora_alpha", "lora_targets")}
 
@@ -217,6 +226,8 @@ def augmentation(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> None:
     device = shared.prepare_device(arguments)
+    if arguments.augmentations == 1:  # as where it is left out, so that either resumes the other
+        arguments.augmentations = None
     spec = None if arguments.noise_mode == "strict" else privacy_spec(arguments)
     tokenizer = load_tokenizer(model_folder(arguments.tokenizer), device)
     model = load_autoregressive(model_folder(arguments.model), device)

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from wavedp.cli import arguments as shared
+from wavedp.cli.finetune import check_options
 from wavedp.cli.pretrain import model_folder
 from wavedp.cli.recipe_file import Stage
 from wavedp.errors import BadFileError, InvalidValueError
@@ -57,15 +58,21 @@ def digests(stages: Iterable[Stage], arguments: argparse.Namespace) -> dict[str,
 
 
 def parse(line: list[str], where: object) -> argparse.Namespace:
-    """What the command makes of its line; raises InvalidValueError with its complaint, and ``where`` before it."""
+    """What the command makes of its line; raises InvalidValueError with its complaint, and ``where`` before it. The
+    constants of a private stage are looked at too."""
     from wavedp.cli import build_parser
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return build_parser().parse_args(line)
+            parsed = build_parser().parse_args(line)
+        if parsed.command == "finetune":
+            check_options(parsed)
     except SystemExit as error:
         raise InvalidValueError(f"{where}: {said.getvalue().strip()}") from error
+    except (TypeError, ValueError) as error:
+        raise InvalidValueError(f"{where}: {error}") from error
+    return parsed
 
 
 def is_current(parsed: argparse.Namespace, folder: Path, *, reads_new: bool) -> bool:

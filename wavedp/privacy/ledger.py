@@ -86,6 +86,8 @@ class PrivacyLedger:
             header = {"kind": "create", "version": 2, "budget": budget.to_dict()}
         self._name = run or ""
         self._asked = budget
+        if budget is not None and not os.path.lexists(path):  # a refused run leaves no file
+            self._check_fits(budget, [])
         self._file = LedgerFile(self.path, header, self._accept)
         if not self._contents.runs and self._contents.budget is None:  # a new file
             self._contents.accept(1, {"previous": "", **header})
@@ -235,8 +237,11 @@ class PrivacyLedger:
     def _check_run(self) -> None:
         """Raise unless this run is recorded or may be."""
         budget = self._contents.budget
-        if budget is None or self._name in self._contents.runs:
-            return
+        if budget is not None and self._name not in self._contents.runs:
+            self._check_fits(budget, [run.spec for run in self._contents.runs.values()])
+
+    def _check_fits(self, budget: PrivacyBudget, specs: list[PrivacySpec]) -> None:
+        """Raise unless the budget has room for this run beside others with these specifications."""
         unlike = budget.unlike(self.spec)
         if unlike:
             raise LedgerError(f"{self.path}: the run and the budget differ in {', '.join(unlike)}")
@@ -245,7 +250,6 @@ class PrivacyLedger:
                 f"{self.path}: the budget's delta={budget.delta} must be below 1/dataset_size_bound = "
                 f"{1.0 / self.spec.dataset_size_bound}"
             )
-        specs = [run.spec for run in self._contents.runs.values()]
         if not budget.covers([*specs, self.spec]):
             (epsilon, delta), (wanted, also) = budget.spent(specs), budget.spent([*specs, self.spec])
             raise LedgerError(
