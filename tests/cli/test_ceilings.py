@@ -5,6 +5,7 @@ import csv
 from pathlib import Path
 
 import pytest
+from small_runs import public_stages
 
 from wavedp.cli import main
 from wavedp.errors import InvalidValueError
@@ -12,24 +13,9 @@ from wavedp.models import load_autoregressive
 from wavedp.privacy import PrivacySpec
 from wavedp.training.private import PrivateTrainingConfig, finetune_private
 
-RECIPE = """
-[tokenizer]
-data = "glyphs"
-num-generated = 30
-steps = 1
-width = 16
-encoder-depth = 1
-decoder-depth = 1
-heads = 2
-[pretrain]
-data = "glyphs"
-num-generated = 30
-tokenizer = "@tokenizer"
-scales = 2
-steps = 1
-width = 16
-depth = 1
-heads = 2
+RECIPE = (
+    public_stages(2, num_generated=30, steps=1)
+    + """
 [espcn]
 data = "glyphs"
 num-generated = 30
@@ -37,6 +23,7 @@ scale = 2
 width = 4
 steps = 1
 """
+)
 STAGES = [
     "real",
     "coarse, bicubic",

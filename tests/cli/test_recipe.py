@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from small_runs import public_stages
 
 from wavedp.cli import build_parser, main
 from wavedp.cli.recipe_file import Stage, read_recipe
@@ -16,25 +17,10 @@ from wavedp.storage import weights_digest
 
 CONFIGS = [path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.toml")) if "study" not in path.stem]
 
-SMALL = """
-summary = "digits in seconds"
-[tokenizer]
-data = "glyphs"
-num-generated = 40
-steps = 2
-width = 16
-encoder-depth = 1
-decoder-depth = 1
-heads = 2
-[pretrain]
-data = "glyphs"
-num-generated = 40
-tokenizer = "@tokenizer"
-scales = 1
-steps = 2
-width = 16
-depth = 1
-heads = 2
+SMALL = (
+    'summary = "digits in seconds"'
+    + public_stages(1)
+    + """
 [finetune]
 data = "@data"
 tokenizer = "@tokenizer"
@@ -50,6 +36,7 @@ tokenizer = "@tokenizer"
 model = "@finetune"
 num-images = 20
 """
+)
 
 
 def write(folder: Path, text: str) -> Path:
