@@ -2,8 +2,10 @@
 """A small transformer with every supported layer, its per-record gradients by torch.func, and a specification."""
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from wavedp.privacy import FlatClipping, GradientBook, PrivacySpec, clip_and_sum
+
+sys.path.insert(0, str(Path(__file__).parent))  # engine_runs, optimizer_runs
 
 VOCABULARY, WIDTH, TOKENS, CLASSES = 13, 8, 6, 4
 

@@ -13,7 +13,6 @@ from wavedp.models import (
     AutoregressiveConfig,
     AutoregressiveTransformer,
     SpectralTokenizer,
-    SpectralTokenizerConfig,
     TextEmbeddings,
     load_autoregressive,
 )
@@ -34,19 +33,6 @@ SPEC = PrivacySpec(
     dataset_size_bound=100,
 )
 HEADS = {"approximation_head.weight", "approximation_head.bias", "detail_head.weight", "detail_head.bias"}
-
-
-@pytest.fixture
-def dataset() -> TensorImageDataset:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (20, 1, 16, 16), generator=generator, dtype=torch.uint8)
-    return TensorImageDataset(images, torch.arange(20) % 2, classes=("a", "b"), name="tiny")
-
-
-@pytest.fixture
-def tokenizer() -> SpectralTokenizer:
-    torch.manual_seed(0)
-    return SpectralTokenizer(SpectralTokenizerConfig(image_size=16, levels=2, grid=2, width=16, heads=2)).eval()
 
 
 def make_model(**changes: Any) -> AutoregressiveTransformer:
