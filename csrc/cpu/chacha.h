@@ -32,13 +32,6 @@ inline uint32_t rotated(uint32_t x) {
   return x << kBits | x >> (32 - kBits);
 }
 
-// What follows is to be part of the loops that it stands in, which a compiler may find too long.
-#if defined(__GNUC__)
-#define WAVEDP_INLINED inline __attribute__((always_inline))
-#else
-#define WAVEDP_INLINED inline
-#endif
-
 template <int kBits, class Word>
 WAVEDP_INLINED void mix(Word& a, const Word& b, Word& d) {
   a += b, d = rotated<kBits>(d ^ a);

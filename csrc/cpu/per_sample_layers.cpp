@@ -141,20 +141,42 @@ void squared_norms_of(const SquaredNorms& job, double* parts, int64_t begin, int
   }
 }
 
+// total += sum of factors_k rows_k; meanwhile asks for the memory of as many rows that come next, if any.
+template <int kRows, class Real>
+void add_rows(const Real* const* rows, const double* factors, const Real* const* next, int64_t count,
+              double* total) {
+  constexpr int64_t n = kLanes<double>, kStep = kLineBytes / sizeof(Real) / n;
+  int64_t c = 0;
+  for (; c + kStep * n <= count; c += kStep * n) {
+    for (int64_t at = c; at < c + kStep * n; at += n) {
+      Doubles sum = load<Doubles>(total + at);
+      for (int k = 0; k < kRows; ++k) sum += factors[k] * load_doubles(rows[k] + at);
+      store(total + at, sum);
+    }
+    if (next) {
+      for (int k = 0; k < kRows; ++k) __builtin_prefetch(next[k] + c, 0, 2);
+    }
+  }
+  for (; c < count; ++c) {
+    for (int k = 0; k < kRows; ++k) total[c] += factors[k] * static_cast<double>(rows[k][c]);
+  }
+}
+
 template <class Real>
 void weighted_sum_of(const WeightedSum& job, int64_t begin, int64_t end) {
-  constexpr int kTogether = 4;
+  constexpr int kTogether = 8;
   Scratch<Real> rows(kTogether * Scratch<Real>::room(kColumnsPerUnit));
   Scratch<double> totals(Scratch<double>::room(kColumnsPerUnit));
   Real* buffers[kTogether];
   for (Real*& buffer : buffers) buffer = rows.take(kColumnsPerUnit);
   double* total = totals.take(kColumnsPerUnit);
+  const bool native = job.x.dtype == kNative<Real>;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = unit * kColumnsPerUnit, left = job.x.width - first;
     const int64_t count = left < kColumnsPerUnit ? left : kColumnsPerUnit;
     for (int64_t c = 0; c < count; ++c) total[c] = 0;
     for (int64_t record = 0; record < job.x.batch;) {
-      const Real* values[kTogether];
+      const Real *values[kTogether], *next[kTogether];
       double factors[kTogether];
       int found = 0;
       for (; record < job.x.batch && found < kTogether; ++record) {
@@ -162,16 +184,18 @@ void weighted_sum_of(const WeightedSum& job, int64_t begin, int64_t end) {
         values[found] = wide_row(job.x, record, 0, first, count, buffers[found]);
         factors[found++] = job.factors[record];
       }
-      if (found == kTogether) {
-        for (int64_t c = 0; c < count; ++c) {
-          const double x0 = values[0][c], x1 = values[1][c], x2 = values[2][c], x3 = values[3][c];
-          total[c] += (factors[0] * x0 + factors[1] * x1) + (factors[2] * x2 + factors[3] * x3);
-        }
+      if (found < kTogether) {
+        for (int k = 0; k < found; ++k) add_rows<1, Real>(values + k, factors + k, nullptr, count, total);
         continue;
       }
-      for (int k = 0; k < found; ++k) {
-        for (int64_t c = 0; c < count; ++c) total[c] += factors[k] * static_cast<double>(values[k][c]);
+      // Records of these columns, or the first ones of the next.
+      const bool more = record + kTogether <= job.x.batch;
+      const bool ahead = native && (more || unit + 1 < end);
+      for (int k = 0; ahead && k < kTogether; ++k) {
+        next[k] = static_cast<const Real*>(job.x.x) + (more ? record + k : k) * job.x.stride_batch +
+                  (more ? first : first + kColumnsPerUnit);
       }
+      add_rows<kTogether, Real>(values, factors, ahead ? next : nullptr, count, total);
     }
     narrow<Real>(total, count, static_cast<Real*>(job.sum) + first);
   }

@@ -159,16 +159,20 @@ using Doubles = Lane<double>;
 
 inline Doubles load_doubles(const double* source) { return load<Doubles>(source); }
 inline Doubles load_doubles(const float* source) {
+#if defined(__AVX512F__)  // GCC 12 would convert two halves, and join them
+  return (Doubles)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(source));
+#else
   if constexpr (kVectorBytes >= 32) {
     return __builtin_convertvector(load<Vector<float, kVectorBytes / 2> >(source), Doubles);
   } else {
     return Doubles{source[0], source[1]};
   }
+#endif
 }
 
-// sum_k term(x_k, y_k) in float64, for terms of vectors.
+// sum_k term(x_k, y_k) in float64, for terms of vectors. Inlined, so that a row with itself is read once.
 template <class Real, class Term>
-inline double sum_in_double(const Real* x, const Real* y, int64_t count, const Term& term) {
+WAVEDP_INLINED double sum_in_double(const Real* x, const Real* y, int64_t count, const Term& term) {
   constexpr int64_t n = kLanes<double>;
   const int64_t rest = count % (4 * n), whole = count - rest;
   Doubles sums[4] = {};
@@ -187,7 +191,7 @@ inline double sum_in_double(const Real* x, const Real* y, int64_t count, const T
 }
 
 template <class Real>
-inline double dot_in_double(const Real* x, const Real* y, int64_t count) {
+WAVEDP_INLINED double dot_in_double(const Real* x, const Real* y, int64_t count) {
   return sum_in_double(x, y, count, [](const Doubles& a, const Doubles& b) { return a * b; });
 }
 

@@ -15,6 +15,13 @@
 #define __has_builtin(x) 0
 #endif
 
+// Of what is to be part of the loops that it stands in, which a compiler may find too long.
+#if defined(__GNUC__)
+#define WAVEDP_INLINED inline __attribute__((always_inline))
+#else
+#define WAVEDP_INLINED inline
+#endif
+
 namespace wavedp::WAVEDP_ISA {
 namespace {
 
