@@ -141,6 +141,17 @@ void squared_norms_of(const SquaredNorms& job, double* parts, int64_t begin, int
   }
 }
 
+// term(kFirst) + ... by halves, whose rounding errors grow with the logarithm of their number.
+template <int kFirst, int kCount, class Term>
+WAVEDP_INLINED auto sum_by_halves(const Term& term) {
+  if constexpr (kCount == 1) {
+    return term(kFirst);
+  } else {
+    constexpr int kHalf = kCount / 2;
+    return sum_by_halves<kFirst, kHalf>(term) + sum_by_halves<kFirst + kHalf, kCount - kHalf>(term);
+  }
+}
+
 // total += sum of factors_k rows_k; meanwhile asks for the memory of as many rows that come next, if any.
 template <int kRows, class Real>
 void add_rows(const Real* const* rows, const double* factors, const Real* const* next, int64_t count,
@@ -149,16 +160,15 @@ void add_rows(const Real* const* rows, const double* factors, const Real* const*
   int64_t c = 0;
   for (; c + kStep * n <= count; c += kStep * n) {
     for (int64_t at = c; at < c + kStep * n; at += n) {
-      Doubles sum = load<Doubles>(total + at);
-      for (int k = 0; k < kRows; ++k) sum += factors[k] * load_doubles(rows[k] + at);
-      store(total + at, sum);
+      const auto term = [&](int k) { return factors[k] * load_doubles(rows[k] + at); };
+      store(total + at, load<Doubles>(total + at) + sum_by_halves<0, kRows>(term));
     }
     if (next) {
       for (int k = 0; k < kRows; ++k) __builtin_prefetch(next[k] + c, 0, 2);
     }
   }
   for (; c < count; ++c) {
-    for (int k = 0; k < kRows; ++k) total[c] += factors[k] * static_cast<double>(rows[k][c]);
+    total[c] += sum_by_halves<0, kRows>([&](int k) { return factors[k] * static_cast<double>(rows[k][c]); });
   }
 }
 
