@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.privacy.clipping import Clipping, accumulation_dtype
-from wavedp.privacy.per_sample import PerSampleGradient, combined, is_small, side_by_side
+from wavedp.privacy.per_sample import Materialised, PerSampleGradient, combined, is_small, side_by_side
 
 LARGEST_IN_FLOAT32 = 2.0**20
 """Factors above this are not multiplied in float32. Clipping factors are 1 at most, times the rows of a mean."""
@@ -104,28 +104,25 @@ class Bookings:
 
     def squared_norms(self, clipping: Clipping, scale: float, device: torch.device) -> dict[str, Tensor]:
         """Every record's squared norm ``[B]`` float64 in each clipping group that was reached; joins the uses."""
-        small: dict[tuple[str, torch.dtype, torch.device], list[str]] = {}
+        small: dict[tuple[str, torch.dtype, torch.device], dict[str, Materialised]] = {}
         squares: dict[str, list[Tensor]] = {}
         for name, forms in self._forms.items():
             self._forms[name] = [form] = [combined(forms)]
             group = clipping.group_of(name)
             if is_small(form):
-                small.setdefault((group, form.grads.dtype, form.grads.device), []).append(name)
+                small.setdefault((group, form.grads.dtype, form.grads.device), {})[name] = form
             else:
                 squares.setdefault(group, []).append(form.squared_norms())
-        for (group, _, _), names in small.items():
-            squares.setdefault(group, []).append(self._put_side_by_side(names).squared_norms())
+        for (group, _, _), together in small.items():
+            whole, parts = side_by_side(list(together.values()))
+            self._forms.update((name, [part]) for name, part in zip(together, parts))
+            squares.setdefault(group, []).append(whole.squared_norms())
         for name, squared in self._left.items():
             squares.setdefault(clipping.group_of(name), []).append(squared)
         return {
             group: torch.stack([squared.to(device) for squared in found]).sum(0) * (scale * scale)
             for group, found in squares.items()
         }
-
-    def _put_side_by_side(self, names: list[str]) -> PerSampleGradient:
-        whole, parts = side_by_side([self._forms[name][0] for name in names])
-        self._forms.update((name, [part]) for name, part in zip(names, parts))
-        return whole
 
     def clipped_sums(self, factors: "Factors") -> dict[str, Tensor]:
         """The sums over records of clipped gradients, by parameter; empties the bookings."""
