@@ -217,8 +217,6 @@ def test_a_public_model_that_is_gone_is_made_again_and_one_that_was_replaced_is_
     before = weights_digest(private)
 
     stages, given = read_recipe(recipe).stages, build_parser().parse_args(command)
-    again = [*stages[2].arguments(out, "digits"), f"--out={out / 'finetune'}", "--no-progress"]
-    assert main([*again, "--augmentations=1"]) == 0  # what is meant where nothing is said
     shutil.rmtree(out / "pretrain")
     capsys.readouterr()
     assert main(command) == 0  # the same seed makes the same model, and the private one stands
@@ -233,3 +231,44 @@ def test_a_public_model_that_is_gone_is_made_again_and_one_that_was_replaced_is_
     assert printed.out.count("finished before") == 2
     assert "was made from another model, which was replaced since" in printed.err
     assert weights_digest(private) == before
+
+
+def test_a_private_stage_is_not_run_again_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = write(tmp_path, SMALL), tmp_path / "run"
+    command = ["recipe", str(recipe), "--data", "digits", "--out", str(out), "--no-progress", "--threads", "1"]
+    assert main(command) == 0
+    (out / "finetune").rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("finished before") == 4
+    assert not (out / "finetune").exists()
+    (tmp_path / "elsewhere").rename(out / "finetune")
+
+    shutil.rmtree(out / "pretrain")
+    run = json.loads((out / "finetune" / "run.json").read_text())
+    del run["reads"]
+    for damaged in (run, [], {**run, "reads": ["model"]}):
+        (out / "finetune" / "run.json").write_text(json.dumps(damaged))
+        capsys.readouterr()
+        assert main(command) == 2
+        assert "does not say from which models, and pretrain has to be run again" in capsys.readouterr().err
+        assert not (out / "pretrain").exists()
+
+
+def test_what_reads_a_stage_that_is_run_again_is_run_after_an_interruption_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = SMALL[SMALL.index("[sample]") :].replace("[sample]", '[again]\ncommand = "sample"')
+    recipe, out = write(tmp_path, SMALL + second), tmp_path / "run"
+    command = ["recipe", str(recipe), "--data", "digits", "--out", str(out), "--no-progress", "--threads", "1"]
+    assert main(command) == 0
+    shutil.rmtree(out / "tokenizer")
+    with monkeypatch.context() as patch:
+        patch.setattr("wavedp.cli.sample.build_pipeline", lambda *_: (_ for _ in ()).throw(BadFileError("stopped")))
+        assert main(command) == 2
+    capsys.readouterr()
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.endswith("finished before")] == [
+        f"{number}/5 {name}: finished before" for number, name in enumerate(["tokenizer", "pretrain", "finetune"], 1)
+    ]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wavedp.storage import read_json
 from wavedp.training import loop
 from wavedp.training.checkpoints import load_newest
 from wavedp.training.interrupt import DeferredInterrupt
@@ -213,7 +214,10 @@ def test_a_run_folder_refuses_other_settings(tmp_path: Path):
 
 def test_a_run_folder_refuses_models_that_were_replaced(tmp_path: Path):
     config = {"command": "finetune", "model": "public"}
-    RunFolder(tmp_path, config)  # of a version that did not look
+    old = tmp_path / "of a version that did not look"
+    RunFolder(old, config)
+    assert "reads" not in RunFolder(old, config, reads={"model": "a"}).config, "it may have been another"
+    assert "reads" not in read_json(old / "run.json")
     RunFolder(tmp_path, config, reads={"model": "a", "tokenizer": "t"})
     RunFolder(tmp_path, config, reads={"model": "a", "tokenizer": "t"})
     with pytest.raises(ValueError, match="made from another model, which was replaced since"):

@@ -196,8 +196,8 @@ def privacy_spec(arguments: argparse.Namespace, trainable_parameters: int | None
 
 
 def check_options(arguments: argparse.Namespace) -> None:
-    """Raises for options that `run` would refuse before it reads anything, but for an epsilon that no noise reaches,
-    which takes a search."""
+    """Raises for constants of the mechanism and settings of versions that `run` would refuse; an epsilon that no noise
+    reaches takes a search, and is left to it."""
     augmentation(arguments)
     noise = arguments.noise_multiplier or 1.0
     trainable = 1 if arguments.noise_mode == "strict" else None
@@ -226,8 +226,6 @@ def augmentation(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> None:
     device = shared.prepare_device(arguments)
-    if arguments.augmentations == 1:  # as where it is left out, so that either resumes the other
-        arguments.augmentations = None
     spec = None if arguments.noise_mode == "strict" else privacy_spec(arguments)
     tokenizer = load_tokenizer(model_folder(arguments.tokenizer), device)
     model = load_autoregressive(model_folder(arguments.model), device)

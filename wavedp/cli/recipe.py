@@ -2,10 +2,10 @@
 """Runs every stage of a recipe, such as those in configs/: one command from public and private images to a result.
 
 Each stage is a command of this package with the options that the recipe gives it, in a folder of its own inside --out.
-Finished stages are not run again: the same command continues where it was stopped or killed. One whose folder is gone
-is, and what was made from a model that was replaced by another since is not taken for finished; a private stage then
-refuses to go on. summary.json tells how long each stage took, what the private one guarantees and what the evaluation
-found.
+Finished stages are not run again: the same command continues where it was stopped or killed. A public one whose folder
+is gone is, and what was made from a model that was replaced by another since is not taken for finished; it then refuses
+to go on. A private stage is never run a second time by itself. summary.json tells how long each stage took, what the
+private one guarantees and what the evaluation found.
 """
 
 import argparse
@@ -17,7 +17,16 @@ from typing import Any
 
 from wavedp.cli import arguments as shared
 from wavedp.cli.recipe_file import Recipe, read_recipe
-from wavedp.cli.recipe_stages import SUMMARY_FILE, command_line, digests, is_current, parse, read_summary, run_stage
+from wavedp.cli.recipe_stages import (
+    SUMMARY_FILE,
+    command_line,
+    digests,
+    is_current,
+    parse,
+    read_summary,
+    reads_of,
+    run_stage,
+)
 from wavedp.errors import InvalidValueError
 from wavedp.storage import make_folder, write_json
 
@@ -44,16 +53,14 @@ def run(arguments: argparse.Namespace) -> None:
     print(recipe.summary)
     summary = open_summary(arguments.out, recipe, lines, digests(recipe.stages, arguments))
     save = partial(write_json, arguments.out / SUMMARY_FILE, summary)
-    made: set[str] = set()
     for number, stage in enumerate(recipe.stages, start=1):
         name, record, folder = stage.name, summary["stages"][stage.name], arguments.out / stage.name
-        reads_new = bool(made & {*stage.references()})
-        if record.pop("finished", False) and is_current(parsed[name], folder, reads_new=reads_new):
-            record["finished"] = True
+        if "finished" in record and is_current(parsed[name], folder):
             print(f"{number}/{len(lines)} {name}: finished before")
             continue
         print(f"{number}/{len(lines)} {name}", flush=True)
-        made.add(name)
+        record.pop("finished", None)
+        forget_readers(name, recipe, arguments.out, summary["stages"])
         run_stage(parsed[name], folder, record, save)
     print_summary(summary)
 
@@ -69,6 +76,24 @@ def open_summary(out: Path, recipe: Recipe, lines: dict[str, list[str]], setting
         same = before.get("settings") in (settings[name], former[name])
         stages[name] = {**(before if same else {}), "settings": settings[name]}
     return {"command": "recipe", "summary": recipe.summary, "stages": stages}
+
+
+def forget_readers(name: str, recipe: Recipe, out: Path, stages: dict[str, Any]) -> None:
+    """What was made from a stage that is run again has not finished, unless its folder says by digests from what.
+
+    Raises:
+        InvalidValueError: a private stage has finished and does not say it. Whether its model is of what the stage will
+            make cannot be known, and another private run spends another budget.
+    """
+    for reader in recipe.stages:
+        if name not in reader.references() or "finished" not in stages[reader.name] or reads_of(out / reader.name):
+            continue
+        if reader.command == "finetune":
+            raise InvalidValueError(
+                f"{out / reader.name} is a finished private stage that does not say from which models, and {name} has "
+                "to be run again: use another --out, which spends another budget, or put the former folder back"
+            )
+        del stages[reader.name]["finished"]
 
 
 def former_digests(lines: dict[str, list[str]]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from wavedp.cli.finetune import check_options
 from wavedp.cli.pretrain import model_folder
 from wavedp.cli.recipe_file import Stage
 from wavedp.errors import BadFileError, InvalidValueError
-from wavedp.storage import read_json, weights_digest
+from wavedp.storage import CONFIG_FILE, read_json, weights_digest
 from wavedp.training.runs import RUN_FILE
 
 SUMMARY_FILE = "summary.json"
@@ -75,16 +75,25 @@ def parse(line: list[str], where: object) -> argparse.Namespace:
     return parsed
 
 
-def is_current(parsed: argparse.Namespace, folder: Path, *, reads_new: bool) -> bool:
-    """Whether a finished stage's folder is there, and made from the models that are there now; or, where it does not
-    say from which, from no stage that was just run again (``reads_new``)."""
+def reads_of(folder: Path) -> dict[str, Any] | None:
+    """The digests of the models that a stage was made from, by their option; None where its folder does not say."""
     file = folder / RUN_FILE
-    if not file.is_file():
-        return False
-    reads = read_json(file).get("reads")
-    if reads is None:
-        return not reads_new
-    return all(weights_digest(model_folder(getattr(parsed, name))) == digest for name, digest in reads.items())
+    run = read_json(file) if file.is_file() else None
+    reads = run.get("reads") if isinstance(run, dict) else None
+    return reads if isinstance(reads, dict) else None
+
+
+def is_current(parsed: argparse.Namespace, folder: Path) -> bool:
+    """Whether a finished stage need not be run again: its folder is there, and the models that it was made from were
+    not replaced. A private stage whose folder is gone stays finished: another run would spend another budget."""
+    if not (folder / RUN_FILE).is_file():
+        return parsed.command == "finetune"
+    for name, digest in (reads_of(folder) or {}).items():
+        place = getattr(parsed, name, None)
+        model = None if place is None else model_folder(place)
+        if model is not None and (model / CONFIG_FILE).is_file() and weights_digest(model) != digest:
+            return False
+    return True
 
 
 def run_stage(parsed: argparse.Namespace, folder: Path, record: dict[str, Any], save: Callable[[], None]) -> None:

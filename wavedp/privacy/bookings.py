@@ -150,18 +150,18 @@ class Factors:
         self._clipping = clipping
         self._norms = norms
         self._scale = scale
-        self._by_dtype: dict[torch.dtype, dict[str, Tensor]] = {}  # of parameters
+        self._by_dtype: dict[torch.dtype, dict[str, Tensor]] = {}
+        self._at: dict[tuple[torch.dtype, str, torch.device], Tensor] = {}  # one tensor each, which Whole asks for
 
     def clipped_sum(self, name: str, form: PerSampleGradient) -> Tensor:
         """The sum over records of the clipped gradients of one parameter, in its shape."""
         parameter = self._parameters[name]
-        by_group = self._by_dtype.get(parameter.dtype)
-        if by_group is None:
-            dtype = accumulation_dtype(parameter.dtype)
-            by_group = _scaled(self._clipping.group_factors(self._norms, dtype), self._scale)
-            self._by_dtype[parameter.dtype] = by_group
-        factors = by_group[self._clipping.group_of(name)].to(parameter.device)
-        return form.weighted_sum(factors).reshape(parameter.shape)
+        place = accumulation_dtype(parameter.dtype), self._clipping.group_of(name), parameter.device
+        if place not in self._at:
+            if place[0] not in self._by_dtype:
+                self._by_dtype[place[0]] = _scaled(self._clipping.group_factors(self._norms, place[0]), self._scale)
+            self._at[place] = self._by_dtype[place[0]][place[1]].to(place[2])
+        return form.weighted_sum(self._at[place]).reshape(parameter.shape)
 
 
 def _scaled(factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

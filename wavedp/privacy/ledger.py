@@ -86,7 +86,9 @@ class PrivacyLedger:
             header = {"kind": "create", "version": 2, "budget": budget.to_dict()}
         self._name = run or ""
         self._asked = budget
-        if budget is not None and not os.path.lexists(path):  # a refused run leaves no file
+        if (
+            budget is not None and self.path.parent.is_dir() and not os.path.lexists(path)
+        ):  # a refused run leaves no file
             self._check_fits(budget, [])
         self._file = LedgerFile(self.path, header, self._accept)
         if not self._contents.runs and self._contents.budget is None:  # a new file

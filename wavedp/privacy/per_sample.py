@@ -23,7 +23,7 @@ units in the last place, several times the error measured on cancelling terms; f
 raises the norm by T * 2^-21.
 """
 
-SMALL = 1 << 14
+SMALL = 1 << 12
 """Gradients of at most as many entries a record are put side by side with others."""
 
 LONG = 4096
@@ -91,7 +91,7 @@ class Part(Materialised):
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         shape = self.grads.shape[1:]
-        return self._whole.weighted_sum(factors).narrow(0, self._first, shape.numel()).view(shape)
+        return self._whole.weighted_sum(factors).narrow(0, self._first, shape.numel()).view(shape).clone()
 
 
 class Whole(Materialised):

@@ -46,6 +46,8 @@ class RunFolder:
                     f"{self.path} belongs to a run of 'wavedp {previous.get('command')}'; use another folder"
                 )
             self._refuse_replaced(previous.get("reads"), reads)
+            if "reads" not in previous:  # of an earlier version: what it was made from is not known
+                self.config.pop("reads", None)
             if changed and not overwrite:
                 raise InvalidValueError(
                     f"{self.path} was started with other settings ({', '.join(changed)} differ); use another folder, "
@@ -59,7 +61,7 @@ class RunFolder:
         return self.path / name
 
     def _refuse_replaced(self, before: Any, reads: Mapping[str, str]) -> None:
-        known = before if isinstance(before, dict) else {}  # runs of earlier versions have none
+        known = before if isinstance(before, dict) else {}
         replaced = sorted(name for name in known.keys() & reads.keys() if known[name] != reads[name])
         if replaced:
             raise InvalidValueError(
