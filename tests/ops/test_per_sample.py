@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavedp.ops import per_sample as ops
+from wavedp.ops import per_sample_native as native
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Rounding of one operation, in which half precision is computed in float32.
@@ -329,8 +330,8 @@ def test_sums_over_records(target: Any, device: str, dtype: torch.dtype, shape: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scaled_weight_grad(target: Any, device: str, dtype: torch.dtype) -> None:
     torch.manual_seed(5)
-    # 70 records make two blocks of float32, as do 9000 rows.
-    for B, T, d, p in ((5, 7, 20, 33), (5, 7, 33, 20), (70, 3, 4, 5), (1, 9000, 2, 3))[
+    # 70 records make two blocks of float32, as do 9000 rows; 195 make four of 48, and three are left over.
+    for B, T, d, p in ((5, 7, 20, 33), (5, 7, 33, 20), (70, 3, 4, 5), (195, 2, 4, 5), (1, 9000, 2, 3))[
         : 2 if target.interpreted else None
     ]:
         a, g = noise(B, T, d, dtype=dtype, device=device), noise(B, T, p, dtype=dtype, device=device)
@@ -342,6 +343,24 @@ def test_scaled_weight_grad(target: Any, device: str, dtype: torch.dtype) -> Non
             assert found.dtype == ops.arithmetic_dtype(dtype)
             limit = 16 * EPS[dtype] * math.sqrt(B * T) * 4
             assert (found.double() - expected).abs().max() <= limit, (B, T, d, p)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 64])
+def test_records_are_added_up_in_equal_blocks(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for B, T in itertools.product((0, 1, 63, 64, 65, 127, 129, 360, 4097, 100_001), (0, 1, 16, 200, 8192, 8193)):
+            most = min(64, 8192 // max(T, 1))
+            blocks, records = native._equal_blocks(B, T)
+            assert records <= most, (B, T)
+            assert 0 <= B - blocks * records <= most or most == 0, (B, T)
+            if 1 < blocks >= threads and most > 1:
+                assert blocks % threads == 0 or records == most, (B, T)
+        assert native._equal_blocks(360, 16) == {1: (6, 60), 2: (6, 60), 3: (6, 60), 64: (6, 60)}[threads]
+        assert native._equal_blocks(300, 16) == {1: (5, 60), 2: (6, 50), 3: (6, 50), 64: (5, 60)}[threads]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("size", "factor"), [(1e38, 1e-6), (1e-38, 1e-6), (1e30, 1e-9), (1e-36, 1e-37)])

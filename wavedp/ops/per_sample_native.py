@@ -115,6 +115,23 @@ def _scale_records(x: Tensor, factors: Tensor, dtype: torch.dtype) -> tuple[Tens
     return scaled, is_precise
 
 
+def _equal_blocks(B: int, T: int) -> tuple[int, int]:
+    """How many blocks of how many records add up in float32, as in the reference, with no more than a block left over.
+
+    Where there are as many as threads, they are a multiple of them, which then end together.
+    """
+    most = min(reference.MAX_RECORDS_IN_FLOAT32, reference.MAX_ROWS_IN_FLOAT32 // max(T, 1))
+    if most == 0 or most >= B:
+        return 1, min(B, most)
+    threads = torch.get_num_threads()
+    blocks = -(-B // most)
+    if blocks >= threads:
+        blocks = -(-blocks // threads) * threads
+    if blocks <= B and B % blocks <= most:
+        return blocks, B // blocks
+    return B // most, most
+
+
 def scaled_weight_grad(g: Tensor, a: Tensor, factors: Tensor) -> Tensor:
     """:func:`wavedp.reference.per_sample.scaled_weight_grad`, all but the products by the C++ library.
 
@@ -122,20 +139,18 @@ def scaled_weight_grad(g: Tensor, a: Tensor, factors: Tensor) -> Tensor:
     """
     (B, T, p), d = g.shape, a.shape[2]
     wide = arithmetic_dtype(a.dtype, g.dtype)
-    records = min(reference.MAX_RECORDS_IN_FLOAT32, reference.MAX_ROWS_IN_FLOAT32 // max(T, 1))
-    whole = B // max(records, 1)
-    is_whole = records > 0 and 0 not in (B, T, p, d) and whole * p * d <= _MAX_BLOCK_ENTRIES
-    if not is_whole or not bool(factors.all()):
+    blocks, records = _equal_blocks(B, T)
+    if 0 in (B, T, p, d, records) or blocks * p * d > _MAX_BLOCK_ENTRIES or not bool(factors.all()):
         return reference.scaled_weight_grad(g, a, factors, _scale_records)
     scaled, is_precise = _scale_records(a if d < p else g, factors, wide)
     if not is_precise:
         return reference.scaled_weight_grad(g, a, factors, _scale_records)
     g, a = (g.to(wide), scaled) if d < p else (scaled, a.to(wide))
-    if records >= B:
+    if blocks == 1:
         return torch.mm(g.reshape(-1, p).mT, a.reshape(-1, d))
-    end = whole * records
-    blocks = torch.bmm(g[:end].reshape(whole, -1, p).mT, a[:end].reshape(whole, -1, d))
-    total = blocks.sum(0, dtype=torch.float64)
+    end = blocks * records
+    products = torch.bmm(g[:end].reshape(blocks, -1, p).mT, a[:end].reshape(blocks, -1, d))
+    total = products.sum(0, dtype=torch.float64)
     if end < B:
         total += torch.mm(g[end:].reshape(-1, p).mT, a[end:].reshape(-1, d))
     return total.to(wide)
