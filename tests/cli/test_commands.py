@@ -2,6 +2,7 @@
 """The commands, one after the other on a small image folder, as a user would run them."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,32 @@ def test_only_chosen_parameters_are_fine_tuned(trained: Path, pictures: Path, tm
     after = load_autoregressive(tmp_path / "model").state_dict()
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"norm.weight"}
     assert read_json(tmp_path / "privacy.json")["noise_multiplier"] == 2.0
+
+
+def test_images_of_other_classes_than_the_model_s_are_fine_tuned(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "data").mkdir()
+    for name, former in (("cats", "dark"), ("dogs", "bright"), ("eels", "dark")):
+        shutil.copytree(pictures / former, tmp_path / "data" / name)
+    common = ["--data", tmp_path / "data", "--tokenizer", trained / "tok", "--model", trained / "pre"]
+    common += ["--noise-multiplier", 2, "--delta", 1e-3, "--max-records", 200, "--sample-rate", 0.25, "--steps", 2]
+    common += ["--expected-batch-size", 16, "--noise-mode", "strict", "--trainable", "class"]
+    assert run("finetune", *common, "--out", tmp_path / "out") == EXIT_ERROR
+    assert "has 3 classes, the model 2" in capsys.readouterr().err
+    assert run("finetune", *common, "--new-classes", "--out", tmp_path / "out") == EXIT_ERROR
+    assert "--new-classes: name them by --classes" in capsys.readouterr().err
+    names = ["--new-classes", "--classes", "cats,dogs,eels"]
+    assert run("finetune", *common, *names, "--out", tmp_path / "new") == 0
+    before, after = (load_autoregressive(place / "model") for place in (trained / "pre", tmp_path / "new"))
+    assert after.config.class_names == ("cats", "dogs", "eels")
+    assert after.config.privately_trained
+    weights, old = after.state_dict(), before.state_dict()
+    moved = {name for name, value in old.items() if not torch.equal(value, weights[name])}
+    assert moved == {"class_embedding.weight"}
+    assert weights["class_embedding.weight"].shape == (4, 16)
+    assert run("sample", "--tokenizer", trained / "tok", "--model", tmp_path / "new", "--num-images", 3, "--out",
+               tmp_path / "s") == 0  # fmt: skip
 
 
 def test_models_with_options_are_trained_and_sampled(trained: Path, pictures: Path, tmp_path: Path):

@@ -54,7 +54,7 @@ def test_values_become_a_command_line() -> None:
         "data": "@data",
         "sr": "@espcn/x",
     }
-    line = Stage("final", "evaluate", options).arguments(Path("runs"), "there")
+    line = Stage("final", "evaluate", options).arguments(Path("runs"), {"data": "there", "public": "elsewhere"})
     assert line == [
         "evaluate",
         "--steps=3",
@@ -80,6 +80,7 @@ def test_values_become_a_command_line() -> None:
         ('[tokenizer]\nsteps = {a = 1}', "must be a text"),
         ('[sample]\nmodel = "@finetune"\n[finetune]', "no stage before it"),
         ('[data]\ncommand = "sample"', "cannot name a stage"),
+        ('[public]\ncommand = "sample"', "cannot name a stage"),
         ('["../x"]\ncommand = "sample"', "cannot name a stage"),
     ],
 )  # fmt: skip
@@ -133,6 +134,18 @@ def test_constants_of_the_private_stage_are_refused_before_the_first(
     assert not (tmp_path / "run").exists()
 
 
+def test_public_images_must_be_given_where_the_recipe_asks_for_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write(tmp_path, SMALL.replace('data = "glyphs"\nnum-generated = 40', 'data = "@public"'))
+    line = ["recipe", str(recipe), "--data", "digits", "--out", str(tmp_path / "run"), "--dry-run"]
+    assert main(line) == 2
+    assert f"{recipe} needs public images: give --public SOURCE" in capsys.readouterr().err
+    assert main([*line, "--public", "photographs"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in printed[:3]] == ["--data=photographs", "--data=photographs", "--data=digits"]
+
+
 def test_private_data_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", str(write(tmp_path, SMALL)), "--out", str(tmp_path / "run")]) == 2
     assert "give --data" in capsys.readouterr().err
@@ -177,7 +190,7 @@ def test_finished_stages_are_known_in_a_moved_folder_and_by_a_former_digest(
     summary = json.loads((out / "summary.json").read_text())
     digest = hashlib.sha256()  # of the lines so far, --out in them, as summaries had it
     for stage in read_recipe(recipe).stages:
-        line = [*stage.arguments(out, ""), f"--out={out / stage.name}", "--seed=0"]
+        line = [*stage.arguments(out, {}), f"--out={out / stage.name}", "--seed=0"]
         digest.update(json.dumps(line).encode())
         summary["stages"][stage.name]["settings"] = digest.hexdigest()
     del summary["command"]

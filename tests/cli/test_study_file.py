@@ -120,7 +120,9 @@ def test_a_row_that_would_tell_nothing_is_refused(tmp_path: Path, capsys: pytest
 
 
 def settings(**changes: Any) -> argparse.Namespace:
-    return argparse.Namespace(**({"data": "digits", "seed": 0, "out": Path("a"), "threads": 1} | changes))
+    return argparse.Namespace(
+        **({"data": "digits", "public": None, "seed": 0, "out": Path("a"), "threads": 1} | changes)
+    )
 
 
 def test_digests_are_of_what_decides_a_result(tmp_path: Path) -> None:
@@ -158,7 +160,12 @@ def test_digests_are_of_what_decides_a_result(tmp_path: Path) -> None:
 def test_the_studies_of_the_project_are_accepted(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["study", str(path), "--data", "fashion", "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    line = ["study", str(path), "--data", "fashion", "--out", str(tmp_path / "run"), "--dry-run"]
+    assert main(line) == 2
+    assert "row 'photographs' needs public images: give --public SOURCE" in capsys.readouterr().err
+    assert main([*line, "--rows", "base"]) == 0  # which needs none
+    capsys.readouterr()
+    assert main([*line, "--public", "photographs"]) == 0
     printed = capsys.readouterr().out.splitlines()
     found = read_study(path)
     assert [line for line in printed if line.startswith("# base")]

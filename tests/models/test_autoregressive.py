@@ -2,10 +2,12 @@
 """The autoregressive model: causality, cache, sampling rules, guidance, per-sample losses."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from wavedp.errors import InvalidValueError
 from wavedp.models import AutoregressiveConfig, AutoregressiveTransformer
 
 
@@ -162,3 +164,24 @@ def test_bad_training_batches_are_refused():
         model.loss(torch.zeros(1, 5, dtype=torch.int64), torch.tensor([0]))
     with pytest.raises(ValueError, match="2 token sequences but 1 labels"):
         model.loss(torch.zeros(2, 4, dtype=torch.int64), torch.tensor([0]))
+
+
+def test_other_classes_begin_as_no_class():
+    model = make(class_names=("a", "b", "c"))
+    other = model.with_classes(["x", "y"])
+    assert other.config == replace(model.config, num_classes=2, class_names=("x", "y"))
+    assert other.no_class == 2
+    assert not other.training
+    tokens = tokens_for(model, 4)
+    expected = model.loss(tokens, torch.full((4,), model.no_class))
+    for label in (0, 1, 2):
+        assert torch.equal(other.loss(tokens, torch.full((4,), label)), expected)
+    before = model.class_embedding.weight.detach().clone()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert torch.equal(model.class_embedding.weight, before)  # a copy
+    assert model.config.class_names == ("a", "b", "c")
+    for names in ([], ["x", "x"]):
+        with pytest.raises(InvalidValueError, match="class names must be distinct"):
+            model.with_classes(names)

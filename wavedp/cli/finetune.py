@@ -18,13 +18,16 @@ after a crash, the steps since the last checkpoint are lost and stay charged, an
 
 import argparse
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from wavedp.cli import arguments as shared
 from wavedp.cli.pretrain import digests, model_folder, show_samples
 from wavedp.errors import InvalidValueError
-from wavedp.models import load_autoregressive, load_tokenizer
+from wavedp.models import AutoregressiveTransformer, load_autoregressive, load_tokenizer
 from wavedp.privacy import PrivacyBudget, PrivacyLedger, PrivacySpec
 from wavedp.privacy.ledger_budget import COMPOSITIONS
 from wavedp.training.loop import SCHEDULES
@@ -41,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, required=True, metavar="DIR", help="folder written by 'wavedp tokenizer'"
     )
     group.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder written by 'wavedp pretrain'")
+    group.add_argument(
+        "--new-classes", action="store_const", const=True,
+        help="the images are of other classes than those the model knows: --classes, each begun as 'no class'",
+    )  # fmt: skip
     group.add_argument(
         "--trainable", default=".*", metavar="WHAT",
         help="parameters to train; the others stay frozen: 'all', 'last-K-blocks', 'heads', or a regular expression "
@@ -196,9 +203,10 @@ def privacy_spec(arguments: argparse.Namespace, trainable_parameters: int | None
 
 
 def check_options(arguments: argparse.Namespace) -> None:
-    """Raises for constants of the mechanism and settings of versions that `run` would refuse; an epsilon that no noise
-    reaches takes a search, and is left to it."""
+    """Raises for constants of the mechanism, classes and settings of versions that `run` would refuse; an epsilon that
+    no noise reaches takes a search, and is left to it."""
     augmentation(arguments)
+    new_classes(arguments)
     noise = arguments.noise_multiplier or 1.0
     trainable = 1 if arguments.noise_mode == "strict" else None
     privacy_spec(argparse.Namespace(**{**vars(arguments), "epsilon": None, "noise_multiplier": noise}), trainable)
@@ -224,11 +232,27 @@ def augmentation(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def new_classes(arguments: argparse.Namespace) -> Sequence[str] | None:
+    """The names that replace the model's, None where it keeps its own. They are public: they are not read from data."""
+    if not arguments.new_classes:
+        return None
+    names = shared.class_names(arguments.classes)
+    if names is None:
+        raise InvalidValueError("--new-classes: name them by --classes A,B,..., in label order")
+    return names
+
+
+def public_model(arguments: argparse.Namespace, device: torch.device) -> AutoregressiveTransformer:
+    model = load_autoregressive(model_folder(arguments.model), device)
+    names = new_classes(arguments)
+    return model if names is None else model.with_classes(names)
+
+
 def run(arguments: argparse.Namespace) -> None:
     device = shared.prepare_device(arguments)
     spec = None if arguments.noise_mode == "strict" else privacy_spec(arguments)
     tokenizer = load_tokenizer(model_folder(arguments.tokenizer), device)
-    model = load_autoregressive(model_folder(arguments.model), device)
+    model = public_model(arguments, device)
     if spec is None:  # what rounding costs depends on the model
         spec = privacy_spec(arguments, choose_trainable(model, arguments.trainable, **lora(arguments)))
     config = PrivateTrainingConfig(

@@ -19,6 +19,8 @@ from wavedp.cli import arguments as shared
 from wavedp.cli.recipe_file import Recipe, read_recipe
 from wavedp.cli.recipe_stages import (
     SUMMARY_FILE,
+    add_sources,
+    check_sources,
     command_line,
     digests,
     is_current,
@@ -33,15 +35,14 @@ from wavedp.storage import make_folder, write_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="FILE", help="recipe, a TOML file")
-    parser.add_argument("--data", metavar="SOURCE", help="the sensitive images, @data in the recipe")
+    add_sources(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
     shared.add_run(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = read_recipe(arguments.recipe)
-    if recipe.needs_data and arguments.data is None:
-        raise InvalidValueError(f"{arguments.recipe} needs sensitive images: give --data SOURCE")
+    check_sources(recipe, arguments, str(arguments.recipe))
     lines = {stage.name: command_line(stage, arguments.out, arguments) for stage in recipe.stages}
     parsed = {name: parse(line, arguments.recipe) for name, line in lines.items()}  # all, before the first is run
     if arguments.dry_run:

@@ -16,7 +16,8 @@ STAGE_COMMANDS = ("tokenizer", "pretrain", "espcn", "finetune", "sample", "upsca
 """Commands that a stage may run."""
 SET_BY_RUNNER = ("out", "device", "threads", "no-progress", "traceback")
 LARGEST_FILE = 2**20
-DATA = "data"
+SOURCES = ("data", "public")
+"""Images that a recipe's user names: the private ones, and public ones where the recipe asks for them."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,22 @@ class Stage:
     command: str
     options: Mapping[str, Any]
 
-    def arguments(self, out: Path, data: str, folders: Mapping[str, str] = MappingProxyType({})) -> list[str]:
-        """The command line, but for `SET_BY_RUNNER`; ``@data`` and ``@stage`` are filled in.
+    def arguments(
+        self, out: Path, sources: Mapping[str, str], folders: Mapping[str, str] = MappingProxyType({})
+    ) -> list[str]:
+        """The command line, but for `SET_BY_RUNNER`; ``@data``, ``@public`` and ``@stage`` are filled in.
 
-        ``folders`` names the folders of earlier stages inside ``out`` (default: as the stages are called).
+        ``sources`` says where the images of `SOURCES` are; ``folders`` names the folders of earlier stages inside
+        ``out`` (default: as the stages are called).
         """
         line = [self.command]
         for option, value in self.options.items():
             if value is True:
                 line.append(f"--{option}")
             elif isinstance(value, list):
-                line += [f"--{option}", *(_text(item, out, data, folders) for item in value)]
+                line += [f"--{option}", *(_text(item, out, sources, folders) for item in value)]
             elif value is not False:
-                line.append(f"--{option}={_text(value, out, data, folders)}")
+                line.append(f"--{option}={_text(value, out, sources, folders)}")
         return line
 
     def references(self) -> Iterator[str]:
@@ -57,17 +61,18 @@ class Recipe:
     summary: str
     stages: tuple[Stage, ...]
 
-    @property
-    def needs_data(self) -> bool:
-        return any(DATA in stage.references() for stage in self.stages)
+    def needs(self, source: str) -> bool:
+        """Whether a stage reads the images of that name in `SOURCES`."""
+        return any(source in stage.references() for stage in self.stages)
 
 
 def read_recipe(path: Path) -> Recipe:
     """Reads a TOML file: a text ``summary``, and a table for each stage, in the order they run.
 
     The table's name is the stage's and names its command, unless its key ``command`` does; the other keys are the
-    command's options. ``true`` sets a flag, a list is several values, ``"@data"`` stands for the private data, and
-    ``"@stage"`` or ``"@stage/file"`` for the folder of an earlier stage.
+    command's options. ``true`` sets a flag, a list is several values, ``"@data"`` stands for the private data,
+    ``"@public"`` for public images of the user's, and ``"@stage"`` or ``"@stage/file"`` for the folder of an earlier
+    stage.
 
     Raises:
         MissingFileError: there is no such file.
@@ -116,7 +121,7 @@ def summary_of(where: str, content: dict[str, Any]) -> str:
 def _stage(where: str, name: str, table: Any, earlier: list[str]) -> Stage:
     if not isinstance(table, dict):
         raise BadFileError(f"{where}: {name} must be a table of options, [{name}], not {table!r}")
-    if not name.replace("-", "").replace("_", "").isalnum() or name == DATA:
+    if not name.replace("-", "").replace("_", "").isalnum() or name in SOURCES:
         raise BadFileError(f"{where}: [{name}] cannot name a stage, whose folder it is: use letters, digits, - and _")
     options = dict(table)
     command = options.pop("command", name)
@@ -132,16 +137,18 @@ def _stage(where: str, name: str, table: Any, earlier: list[str]) -> Stage:
             raise BadFileError(f"{where}: [{name}] {option} must be a text, a number, true, false or a list of them")
     stage = Stage(name, command, options)
     for reference in stage.references():
-        if reference != DATA and reference not in earlier:
-            raise BadFileError(f"{where}: [{name}] refers to @{reference}, which is no stage before it and not @data")
+        if reference not in SOURCES and reference not in earlier:
+            raise BadFileError(
+                f"{where}: [{name}] refers to @{reference}, which is no stage before it and not @data or @public"
+            )
     return stage
 
 
-def _text(value: Any, out: Path, data: str, folders: Mapping[str, str]) -> str:
+def _text(value: Any, out: Path, sources: Mapping[str, str], folders: Mapping[str, str]) -> str:
     if not isinstance(value, str) or not value.startswith("@"):
         return str(value)
     stage, _, inside = value[1:].partition("/")
-    if stage == DATA:
-        return data
+    if stage in SOURCES:
+        return sources[stage]
     folder = out / folders.get(stage, stage)
     return str(folder / inside if inside else folder)

@@ -17,7 +17,7 @@ from typing import Any
 from wavedp.cli import arguments as shared
 from wavedp.cli.finetune import check_options
 from wavedp.cli.pretrain import model_folder
-from wavedp.cli.recipe_file import Stage
+from wavedp.cli.recipe_file import SOURCES, Recipe, Stage
 from wavedp.errors import BadFileError, InvalidValueError
 from wavedp.storage import CONFIG_FILE, read_json, weights_digest
 from wavedp.training.runs import RUN_FILE
@@ -27,12 +27,29 @@ RESULTS = {"finetune": "privacy.json", "evaluate": "metrics.json"}
 """What a stage's command writes that the record of the stage repeats."""
 
 
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="SOURCE", help="the sensitive images, @data in the recipe")
+    parser.add_argument("--public", metavar="SOURCE", help="public images, @public in the recipe")
+
+
+def sources(arguments: argparse.Namespace) -> dict[str, str]:
+    """Where the images are that a recipe calls by name."""
+    return {name: getattr(arguments, name) or "" for name in SOURCES}
+
+
+def check_sources(recipe: Recipe, arguments: argparse.Namespace, what: str) -> None:
+    """Raises InvalidValueError where ``what``, such as a recipe's file, needs images that were not named."""
+    for name, kind in (("data", "sensitive"), ("public", "public")):
+        if getattr(arguments, name) is None and recipe.needs(name):
+            raise InvalidValueError(f"{what} needs {kind} images: give --{name} SOURCE")
+
+
 def command_line(
     stage: Stage, out: Path, arguments: argparse.Namespace, folders: Mapping[str, str] = MappingProxyType({})
 ) -> list[str]:
     """The whole command line of a stage whose folder, and those of earlier ones, are in ``out``; see
     `Stage.arguments`."""
-    line = stage.arguments(out, arguments.data or "", folders)
+    line = stage.arguments(out, sources(arguments), folders)
     line += [f"--out={out / folders.get(stage.name, stage.name)}", f"--device={arguments.device}"]
     line += _seed(stage, arguments)
     if arguments.threads:
@@ -50,7 +67,7 @@ def digests(stages: Iterable[Stage], arguments: argparse.Namespace) -> dict[str,
     found: dict[str, str] = {}
     for stage in stages:
         decisive = {k: v for k, v in sorted(stage.options.items()) if k.replace("-", "_") not in shared.WITHOUT_EFFECT}
-        line = replace(stage, options=decisive).arguments(Path("@"), arguments.data or "", found)
+        line = replace(stage, options=decisive).arguments(Path("@"), sources(arguments), found)
         # with its name: of two stages that say the same, neither stands for the other, as a private one is random
         content = json.dumps([stage.name, *line, *_seed(stage, arguments)])
         found[stage.name] = hashlib.sha256(content.encode()).hexdigest()

@@ -28,10 +28,19 @@ from typing import Any
 import torch
 
 from wavedp.cli import arguments as shared
-from wavedp.cli.recipe_stages import SUMMARY_FILE, command_line, digests, parse, read_summary, run_stage
+from wavedp.cli.recipe_stages import (
+    SUMMARY_FILE,
+    add_sources,
+    check_sources,
+    command_line,
+    digests,
+    parse,
+    read_summary,
+    run_stage,
+)
 from wavedp.cli.study_file import Row, read_study
 from wavedp.cli.study_results import Parsed, draw, last_of, measure, planned_cost, source_of_held_out, spent, table
-from wavedp.errors import BadFileError, InvalidValueError
+from wavedp.errors import BadFileError
 from wavedp.storage import alone, read_json, write_json
 from wavedp.training.results import write_rows
 from wavedp.training.runs import RunFolder
@@ -50,7 +59,7 @@ NOTE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, metavar="FILE", help="study, a TOML file")
-    parser.add_argument("--data", metavar="SOURCE", help="the sensitive images, @data in the recipe")
+    add_sources(parser)
     parser.add_argument("--rows", metavar="A,B,...", help="names of the rows to run (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
     shared.add_run(parser)
@@ -70,8 +79,8 @@ class Plan:
 def run(arguments: argparse.Namespace) -> None:
     study = read_study(arguments.study)
     chosen = study.chosen(arguments.rows)
-    if arguments.data is None and any(row.recipe.needs_data for row in study.rows):
-        raise InvalidValueError(f"{arguments.study} needs sensitive images: give --data SOURCE")
+    for row in chosen:
+        check_sources(row.recipe, arguments, f"{arguments.study}: row {row.name!r}")
     base = planned(Row("all", "", study.base), arguments).parsed
     plans = [planned(row, arguments) for row in study.rows]  # all, before the first is run
     for plan in plans:

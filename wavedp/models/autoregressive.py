@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Autoregressive transformer over spectral tokens, coarse scales first (AR-SIT), conditioned on class and text."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,6 +67,22 @@ class AutoregressiveTransformer(nn.Module):
     def no_class(self) -> int:
         """The label that stands for 'no class'."""
         return self.config.num_classes
+
+    def with_classes(self, names: Sequence[str]) -> "AutoregressiveTransformer":
+        """A copy for other classes, each of which begins as 'no class': what a model of public images of other things
+        knows, with nothing of their classes.
+
+        Raises:
+            InvalidValueError: no names, or one of them twice.
+        """
+        if not names or len({*names}) < len(names):
+            raise InvalidValueError(f"class names must be distinct and at least one, got {list(names)}")
+        config = replace(self.config, num_classes=len(names), class_names=tuple(names))
+        model = AutoregressiveTransformer(config).to(self.class_embedding.weight)
+        weights = {key: value.detach().clone() for key, value in self.state_dict().items()}
+        weights["class_embedding.weight"] = weights["class_embedding.weight"][-1:].repeat(len(names) + 1, 1)
+        model.load_state_dict(weights)
+        return model.train(self.training)
 
     def loss(
         self, tokens: Tensor, labels: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None

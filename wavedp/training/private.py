@@ -226,12 +226,13 @@ def _check_inputs(
     if len(dataset.classes) != model.config.num_classes:
         raise InvalidValueError(
             f"{dataset.name} has {len(dataset.classes)} classes, the model {model.config.num_classes}; pre-train on "
-            "the same classes"
+            "the same classes, or give it these (--new-classes, AutoregressiveTransformer.with_classes)"
         )
     if model.config.class_names and dataset.classes != model.config.class_names:
         raise InvalidValueError(
             f"the classes of {dataset.name}, {list(dataset.classes)}, are not the model's, "
-            f"{list(model.config.class_names)}; name them alike and in the same order (--classes)"
+            f"{list(model.config.class_names)}; name them alike and in the same order (--classes), or give the model "
+            "these (--new-classes, AutoregressiveTransformer.with_classes)"
         )
     if not math.isfinite(spec.epsilon()):
         raise InvalidValueError(f"noise_multiplier={spec.noise_multiplier:g} gives no finite epsilon; raise it")
