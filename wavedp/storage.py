@@ -141,9 +141,10 @@ def _weights_file(folder: Path) -> str | None:
 def weights_digest(folder: Path) -> str:
     """The sha256 of the weights that `save_folder` wrote into ``folder``, as `load_folder` checks it."""
     config = read_json(folder / CONFIG_FILE)
-    if not isinstance(config, dict) or not isinstance(config.get("sha256"), str):
+    digest = config.get("sha256") if isinstance(config, dict) else None
+    if not isinstance(digest, str):
         raise BadFileError(f"{folder / CONFIG_FILE} names no weights file; it was not written by wavedp")
-    return config["sha256"]
+    return digest
 
 
 def load_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

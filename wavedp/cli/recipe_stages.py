@@ -104,7 +104,8 @@ def is_current(parsed: argparse.Namespace, folder: Path) -> bool:
     """Whether a finished stage need not be run again: its folder is there, and the models that it was made from were
     not replaced. A private stage whose folder is gone stays finished: another run would spend another budget."""
     if not (folder / RUN_FILE).is_file():
-        return parsed.command == "finetune"
+        is_private: bool = parsed.command == "finetune"
+        return is_private
     for name, digest in (reads_of(folder) or {}).items():
         place = getattr(parsed, name, None)
         model = None if place is None else model_folder(place)
