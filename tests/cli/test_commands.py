@@ -17,6 +17,7 @@ from PIL import Image
 
 import wavedp
 from wavedp.cli import COMMANDS, EXIT_ERROR, EXIT_INTERRUPTED, build_parser, main
+from wavedp.cli.study_results import trained_parameters
 from wavedp.models import load_autoregressive, load_tokenizer
 from wavedp.privacy import PrivacyStatement
 from wavedp.storage import read_json
@@ -205,6 +206,8 @@ def test_images_of_other_classes_than_the_model_s_are_fine_tuned(
     moved = {name for name, value in old.items() if not torch.equal(value, weights[name])}
     assert moved == {"class_embedding.weight"}
     assert weights["class_embedding.weight"].shape == (4, 16)
+    private = build_parser().parse_args(["finetune", *map(str, common), *names, "--out", str(tmp_path / "new")])
+    assert trained_parameters(private) == 4 * 16, "of the new classes, not of the public model's 3 * 16"
     assert run("sample", "--tokenizer", trained / "tok", "--model", tmp_path / "new", "--num-images", 3, "--out",
                tmp_path / "s") == 0  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from wavedp.cli import arguments as shared
-from wavedp.cli.finetune import lora, privacy_spec
+from wavedp.cli.finetune import lora, privacy_spec, public_model
 from wavedp.cli.pretrain import model_folder
 from wavedp.data import ImageDataset
 from wavedp.errors import InvalidValueError
@@ -82,7 +82,7 @@ def measure(stages: Parsed, base: Parsed, device: torch.device) -> dict[str, Any
 
 def trained_parameters(private: argparse.Namespace) -> int:
     """How many scalars a private stage trained."""
-    public = load_autoregressive(model_folder(private.model))
+    public = public_model(private, torch.device("cpu"))
     return choose_trainable(public, private.trainable, **lora(private))
 
 
