@@ -202,10 +202,14 @@ def test_images_of_other_classes_than_the_model_s_are_fine_tuned(
     before, after = (load_autoregressive(place / "model") for place in (trained / "pre", tmp_path / "new"))
     assert after.config.class_names == ("cats", "dogs", "eels")
     assert after.config.privately_trained
-    weights, old = after.state_dict(), before.state_dict()
+    weights, old = after.state_dict(), before.with_classes(("cats", "dogs", "eels")).state_dict()
     moved = {name for name, value in old.items() if not torch.equal(value, weights[name])}
     assert moved == {"class_embedding.weight"}
     assert weights["class_embedding.weight"].shape == (4, 16)
+    assert len(weights["class_embedding.weight"].unique(dim=0)) > 1, "the classes differ"
+    assert run("finetune", *common[:-1], "heads", *names, "--out", tmp_path / "alike") == EXIT_ERROR
+    assert "the classes would stay alike" in capsys.readouterr().err
+    assert not (tmp_path / "alike").exists()
     private = build_parser().parse_args(["finetune", *map(str, common), *names, "--out", str(tmp_path / "new")])
     assert trained_parameters(private) == 4 * 16, "of the new classes, not of the public model's 3 * 16"
     assert run("sample", "--tokenizer", trained / "tok", "--model", tmp_path / "new", "--num-images", 3, "--out",

@@ -245,7 +245,16 @@ def new_classes(arguments: argparse.Namespace) -> Sequence[str] | None:
 def public_model(arguments: argparse.Namespace, device: torch.device) -> AutoregressiveTransformer:
     model = load_autoregressive(model_folder(arguments.model), device)
     names = new_classes(arguments)
-    return model if names is None else model.with_classes(names)
+    if names is None:
+        return model
+    chosen = model.with_classes(names)
+    choose_trainable(chosen, arguments.trainable, **lora(arguments))
+    if not chosen.class_embedding.weight.requires_grad:
+        raise InvalidValueError(
+            "--new-classes begins every class as 'no class', and --trainable leaves the class embedding as it is: the "
+            "classes would stay alike; let --trainable match class_embedding too"
+        )
+    return model.with_classes(names)
 
 
 def run(arguments: argparse.Namespace) -> None:

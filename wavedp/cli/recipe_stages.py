@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -37,10 +37,10 @@ def sources(arguments: argparse.Namespace) -> dict[str, str]:
     return {name: getattr(arguments, name) or "" for name in SOURCES}
 
 
-def check_sources(recipe: Recipe, arguments: argparse.Namespace, what: str) -> None:
+def check_sources(recipe: Recipe, arguments: argparse.Namespace, what: str, needed: Sequence[str] = SOURCES) -> None:
     """Raises InvalidValueError where ``what``, such as a recipe's file, needs images that were not named."""
     for name, kind in (("data", "sensitive"), ("public", "public")):
-        if getattr(arguments, name) is None and recipe.needs(name):
+        if name in needed and getattr(arguments, name) is None and recipe.needs(name):
             raise InvalidValueError(f"{what} needs {kind} images: give --{name} SOURCE")
 
 

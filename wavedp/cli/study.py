@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from wavedp.cli import arguments as shared
+from wavedp.cli.recipe_file import SOURCES
 from wavedp.cli.recipe_stages import (
     SUMMARY_FILE,
     add_sources,
@@ -79,8 +80,9 @@ class Plan:
 def run(arguments: argparse.Namespace) -> None:
     study = read_study(arguments.study)
     chosen = study.chosen(arguments.rows)
-    for row in chosen:
-        check_sources(row.recipe, arguments, f"{arguments.study}: row {row.name!r}")
+    for row in study.rows:  # of rows not chosen the private images too: the base's held-out ones measure public models
+        needed = SOURCES if row in chosen else ("data",)
+        check_sources(row.recipe, arguments, f"{arguments.study}: row {row.name!r}", needed)
     base = planned(Row("all", "", study.base), arguments).parsed
     plans = [planned(row, arguments) for row in study.rows]  # all, before the first is run
     for plan in plans:
