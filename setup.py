@@ -32,6 +32,7 @@ NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler=-fPIC,-fvisibility=hidden"
 ISA_FLAGS = {"baseline": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS |= {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl"}
+AMX_FLAGS = "-mamx-tile -mamx-bf16"
 CUDA_ARCHS = ("80", "90", "100")
 SHARED = "-pthread " + ("-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared")
 CPU, CUDA = "wavedp._csrc", "wavedp._csrc_cuda"
@@ -48,8 +49,9 @@ KERNELS = {
     "csrc/cpu/per_sample_layers.cpp": "-ffp-contract=fast",
     "csrc/cpu/per_sample_linear.cpp": "-ffp-contract=fast",
 }
+AMX_KERNELS = ["csrc/cpu/amx_norms.cpp", "csrc/cpu/amx_weight_grad.cpp"]  # beside those of AVX-512, which do the rest
 SOURCES = {
-    CPU: [*BINDINGS, *DISPATCH, *KERNELS],
+    CPU: [*BINDINGS, *DISPATCH, *KERNELS, *AMX_KERNELS],
     CUDA: [
         *CUDA_BINDINGS,
         "csrc/cuda/analysis.cu",
@@ -117,9 +119,19 @@ def binding_flags() -> str:
     return " ".join([CXX_FLAGS, *(f"-isystem {shlex.quote(path)}".replace("$", "$$") for path in include)])
 
 
+def knows_amx(compiler: str) -> bool:
+    """Whether the compiler has the tiles of AMX, and the system may give them to a process."""
+    if "avx512" not in ISA_FLAGS or not sys.platform.startswith("linux"):
+        return False
+    probe = [*shlex.split(compiler), *AMX_FLAGS.split(), "-x", "c++", "-c", "-", "-o", os.devnull]
+    program = 'void f() { asm volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }'
+    return subprocess.run(probe, input=program, text=True, capture_output=True).returncode == 0
+
+
 def cpu_rules() -> str:
     compiler, more = find_compiler(), os.environ.get("WAVEDP_CXX_FLAGS", "")
-    x86 = "-DWAVEDP_X86" if "avx2" in ISA_FLAGS else ""
+    amx = knows_amx(compiler)
+    x86 = ("-DWAVEDP_X86" if "avx2" in ISA_FLAGS else "") + (" -DWAVEDP_AMX" if amx else "")
     steps = [f"cxx = {compiler}\nlinker = {compiler} {SHARED} {more}\n"]
     objects = []
 
@@ -134,6 +146,8 @@ def cpu_rules() -> str:
     for isa, flags in ISA_FLAGS.items():
         for source, extra in KERNELS.items():
             compile_object(source, f"{CXX_FLAGS} {extra} {flags} -DWAVEDP_ISA={isa}", f"-{isa}")
+    for source in AMX_KERNELS if amx else []:
+        compile_object(source, f"{CXX_FLAGS} {ISA_FLAGS['avx512']} {AMX_FLAGS} -DWAVEDP_ISA=amx")
     return "".join([*steps, f"build module.so: link {' '.join(objects)}\n"])
 
 

@@ -93,8 +93,8 @@ void wavelet_untokens(const Addresses& tokens, uintptr_t x, int dtype, int64_t b
 
 void set_isa(const std::string& name) {
   if (!wavedp::set_cpu_isa(name.c_str())) {
-    throw std::invalid_argument("isa '" + name + "' is not available: expected 'avx512', 'avx2' or " +
-                                "'baseline', built in and supported by this CPU");
+    throw std::invalid_argument("isa '" + name + "' is not available: expected 'amx', 'avx512', 'avx2' " +
+                                "or 'baseline', built in and supported by this CPU");
   }
 }
 

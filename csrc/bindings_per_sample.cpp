@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <vector>
 
 #include "arguments.h"
 #include "per_sample.h"
@@ -121,6 +122,26 @@ bool scale_records(uintptr_t x, int dtype, const SequenceAxes& axes, uintptr_t f
       threads);
 }
 
+bool weight_grad(uintptr_t g, const SequenceAxes& g_axes, uintptr_t a, const SequenceAxes& a_axes,
+                 uintptr_t factors, int64_t records_in_block, double smallest, uintptr_t grad, int threads) {
+  wavedp::check_range("threads", threads, 1, INT32_MAX);
+  wavedp::check_range("records_in_block", records_in_block, 1, INT32_MAX);
+  const int dtype = static_cast<int>(wavedp::DType::kFloat32);
+  wavedp::WeightGrad job{sequences_of("g_ptr", g, dtype, g_axes), sequences_of("a_ptr", a, dtype, a_axes)};
+  check_same(job.g, job.a);
+  job.factors = address<const double>("factors_ptr", factors, job.g.batch);
+  std::vector<int64_t> kept;
+  for (int64_t record = 0; record < job.g.batch; ++record) {
+    if (job.factors[record] != 0) kept.push_back(record);
+  }
+  job.kept = kept.data();
+  job.records = static_cast<int64_t>(kept.size());
+  job.records_in_block = records_in_block;
+  job.smallest = smallest;
+  job.grad = address<void>("grad_ptr", grad, job.g.width * job.a.width);
+  return wavedp::weight_grad_cpu(job, threads);
+}
+
 }  // namespace
 
 void bind_per_sample(py::module_& m) {
@@ -137,6 +158,8 @@ void bind_per_sample(py::module_& m) {
         unlocked);
   m.def("weighted_sum", &weighted_sum, "x_ptr"_a, "dtype"_a, "axes"_a, "factors_ptr"_a, "sum_ptr"_a,
         "threads"_a, unlocked);
+  m.def("weight_grad", &weight_grad, "g_ptr"_a, "g_axes"_a, "a_ptr"_a, "a_axes"_a, "factors_ptr"_a,
+        "records_in_block"_a, "smallest"_a, "grad_ptr"_a, "threads"_a, unlocked);
   m.def("scale_records", &scale_records, "x_ptr"_a, "dtype"_a, "axes"_a, "factors_ptr"_a, "smallest"_a,
         "scaled_ptr"_a, "threads"_a, unlocked);
 }

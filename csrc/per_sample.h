@@ -80,6 +80,18 @@ struct ScaledRecords {
   void* scaled;
 };
 
+// grad = sum_b factors[b] g_b^T a_b over the records in `kept`, added up in float32 in blocks of records, and
+// blocks in float64. Of float32.
+struct WeightGrad {
+  Sequences g, a;
+  const double* factors;  // [batch]
+  const int64_t* kept;    // [records]
+  int64_t records, records_in_block;
+  double smallest;
+  void* grad;  // [g.width, a.width]
+  int64_t panels_down, panels_across;
+};
+
 void linear_norms_cpu(const LinearNorms& job, int threads);
 void norm_grads_cpu(const NormGrads& job, int threads);
 void embedding_norms_cpu(const EmbeddingNorms& job, int threads);
@@ -89,5 +101,8 @@ void squared_norms_cpu(const SquaredNorms& job, int threads);
 void weighted_sum_cpu(const WeightedSum& job, int threads);
 // Whether every row of the result has an entry of at least `smallest`, apart from rows that were 0.
 bool scale_records_cpu(const ScaledRecords& job, int threads);
+// Whether the processor has instructions for it that gain by it, and it is done with every row of factors[b] g_bt
+// that is not 0 having an entry of at least `smallest`.
+bool weight_grad_cpu(const WeightGrad& job, int threads);
 
 }  // namespace wavedp

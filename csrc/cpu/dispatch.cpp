@@ -5,6 +5,12 @@
 #include <cstring>
 #include <vector>
 
+#ifdef WAVEDP_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "divide.h"
 #include "noise_units.h"
 #include "units.h"
@@ -39,6 +45,17 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+#ifdef WAVEDP_AMX
+// The registers are large, so the kernel keeps them only for a process that has asked for them.
+bool has_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
+  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return (d & kBFloat16) && (d & kTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
@@ -47,6 +64,9 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
       isa::chacha20_words_units, isa::noisy_mean_units, isa::noise_step_units
 
 const Isa kIsas[] = {// widest first
+#ifdef WAVEDP_AMX
+                     {"amx", has_amx, WAVEDP_UNITS(avx512)},
+#endif
 #ifdef WAVEDP_X86
                      {"avx512", has_avx512, WAVEDP_UNITS(avx512)},
                      {"avx2", has_avx2, WAVEDP_UNITS(avx2)},

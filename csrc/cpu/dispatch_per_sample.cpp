@@ -12,6 +12,10 @@ WAVEDP_DECLARE_PER_SAMPLE(baseline)
 WAVEDP_DECLARE_PER_SAMPLE(avx2)
 WAVEDP_DECLARE_PER_SAMPLE(avx512)
 #endif
+#ifdef WAVEDP_AMX
+WAVEDP_DECLARE_LINEAR_NORMS(amx)
+WAVEDP_DECLARE_WEIGHT_GRAD(amx)
+#endif
 
 namespace wavedp {
 namespace {
@@ -24,18 +28,22 @@ struct Units {
   decltype(&baseline::scale_records_units) scale_records;
   decltype(&baseline::embedding_norms_units) embedding_norms;
   decltype(&baseline::embedding_weight_grad_units) embedding_weight_grad;
+  bool (*weight_grad)(const WeightGrad& job, int64_t begin, int64_t end);
 };
 
-#define WAVEDP_UNITS(isa)                                                                 \
-  {isa::linear_norms_units,         isa::norm_grads_units,    isa::squared_norms_units,   \
+#define WAVEDP_UNITS(linear, isa, weight_grad)                                            \
+  {linear::linear_norms_units,      isa::norm_grads_units,    isa::squared_norms_units,   \
    isa::weighted_sum_units,         isa::scale_records_units, isa::embedding_norms_units, \
-   isa::embedding_weight_grad_units}
+   isa::embedding_weight_grad_units, weight_grad}
 
 const Units kUnits[] = {// as cpu_isa_index counts
-#ifdef WAVEDP_X86
-                        WAVEDP_UNITS(avx512), WAVEDP_UNITS(avx2),
+#ifdef WAVEDP_AMX
+                        WAVEDP_UNITS(amx, avx512, amx::weight_grad_units),
 #endif
-                        WAVEDP_UNITS(baseline)};
+#ifdef WAVEDP_X86
+                        WAVEDP_UNITS(avx512, avx512, nullptr), WAVEDP_UNITS(avx2, avx2, nullptr),
+#endif
+                        WAVEDP_UNITS(baseline, baseline, nullptr)};
 
 const Units& chosen() { return kUnits[cpu_isa_index()]; }
 
@@ -86,6 +94,26 @@ bool scale_records_cpu(const ScaledRecords& job, int threads) {
   std::atomic<bool> precise{true};
   divide(job.x.batch, size(job.x), threads, [&](int64_t begin, int64_t end) {
     if (!chosen().scale_records(job, begin, end)) precise.store(false, std::memory_order_relaxed);
+  });
+  return precise.load();
+}
+
+bool weight_grad_cpu(const WeightGrad& job, int threads) {
+  if (!chosen().weight_grad) return false;
+  constexpr int64_t kWidest = 512, kNarrowest = 64;
+  WeightGrad panels = job;
+  int64_t &down = panels.panels_down, &across = panels.panels_across;
+  down = (job.g.width + kWidest - 1) / kWidest;
+  across = (job.a.width + kWidest - 1) / kWidest;
+  while (down * across % threads != 0) {
+    const bool taller = job.g.width / down >= job.a.width / across;
+    if ((taller ? job.g.width / (down + 1) : job.a.width / (across + 1)) < kNarrowest) break;
+    ++(taller ? down : across);
+  }
+  const int64_t products = job.records * job.g.tokens * job.g.width / 16 * job.a.width / 16;
+  std::atomic<bool> precise{true};
+  divide(down * across, products, threads, [&](int64_t begin, int64_t end) {
+    if (!chosen().weight_grad(panels, begin, end)) precise.store(false, std::memory_order_relaxed);
   });
   return precise.load();
 }

@@ -61,5 +61,23 @@ class Scratch {
   Real* next_;
 };
 
+// Memory of this thread that it keeps for the next time, so that the system does not clear pages of it anew at
+// every call. What it held is lost.
+inline void* lasting_memory(int64_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t size = 0;
+  if (bytes > size) {
+    memory.reset();
+    size = 0;
+    memory.reset(std::aligned_alloc(kLineBytes, (bytes + kLineBytes - 1) / kLineBytes * kLineBytes));
+    if (!memory) throw std::bad_alloc();
+    size = bytes;
+  }
+  return memory.get();
+}
+
 }  // namespace
 }  // namespace wavedp::WAVEDP_ISA

@@ -51,9 +51,17 @@ static inline int64_t unit_count(const WeightedSum& job) {
 
 // `parts` is [batch, part_count] of float64. `order` has tokens as record * tokens + token: those of each
 // record sorted by their ids, or all of them, those of row v of the embedding from starts[v] on.
+#define WAVEDP_DECLARE_LINEAR_NORMS(isa)                                                      \
+  namespace wavedp::isa {                                                                     \
+  void linear_norms_units(const LinearNorms& job, double* parts, int64_t begin, int64_t end); \
+  }
+#define WAVEDP_DECLARE_WEIGHT_GRAD(isa)                                             \
+  namespace wavedp::isa {                                                            \
+  bool weight_grad_units(const WeightGrad& job, int64_t begin, int64_t end); \
+  }
 #define WAVEDP_DECLARE_PER_SAMPLE(isa)                                                                     \
+  WAVEDP_DECLARE_LINEAR_NORMS(isa)                                                                         \
   namespace wavedp::isa {                                                                                  \
-  void linear_norms_units(const LinearNorms& job, double* parts, int64_t begin, int64_t end);              \
   void norm_grads_units(const NormGrads& job, int64_t begin, int64_t end);                                 \
   void squared_norms_units(const SquaredNorms& job, double* parts, int64_t begin, int64_t end);            \
   void weighted_sum_units(const WeightedSum& job, int64_t begin, int64_t end);                             \

@@ -132,6 +132,27 @@ def _equal_blocks(B: int, T: int) -> tuple[int, int]:
     return B // most, most
 
 
+_TILES_GAIN = 1 << 20
+"""Products, above which a weight gradient is faster by the tiles of a processor that has them."""
+
+
+def _weight_grad_by_tiles(g: Tensor, a: Tensor, factors: Tensor) -> Tensor | None:
+    """The same by the matrix tiles of the processor, or None: it has none, they do not gain, or lose precision."""
+    (B, T, p), d = g.shape, a.shape[2]
+    if g.dtype != torch.float32 or a.dtype != torch.float32 or T > reference.MAX_ROWS_IN_FLOAT32:
+        return None
+    if B * T * p * d < _TILES_GAIN or min(p, d) < 32:
+        return None
+    grad = g.new_empty((p, d))
+    (g, g_axes), (a, a_axes), factors = _sequences(g), _sequences(a), factors.double().contiguous()
+    records = min(reference.MAX_RECORDS_IN_FLOAT32, reference.MAX_ROWS_IN_FLOAT32 // T)
+    inputs = g.data_ptr(), g_axes, a.data_ptr(), a_axes, factors.data_ptr()
+    is_done = compiled("weight_grad")(
+        *inputs, records, reference.SMALLEST_ROW, grad.data_ptr(), torch.get_num_threads()
+    )
+    return grad if is_done else None
+
+
 def scaled_weight_grad(g: Tensor, a: Tensor, factors: Tensor) -> Tensor:
     """:func:`wavedp.reference.per_sample.scaled_weight_grad`, all but the products by the C++ library.
 
@@ -139,6 +160,8 @@ def scaled_weight_grad(g: Tensor, a: Tensor, factors: Tensor) -> Tensor:
     """
     (B, T, p), d = g.shape, a.shape[2]
     wide = arithmetic_dtype(a.dtype, g.dtype)
+    if (total := _weight_grad_by_tiles(g, a, factors)) is not None:
+        return total
     blocks, records = _equal_blocks(B, T)
     if 0 in (B, T, p, d, records) or blocks * p * d > _MAX_BLOCK_ENTRIES or not bool(factors.all()):
         return reference.scaled_weight_grad(g, a, factors, _scale_records)
