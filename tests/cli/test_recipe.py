@@ -134,6 +134,22 @@ def test_constants_of_the_private_stage_are_refused_before_the_first(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("names", ["0,0", "", "a,,b"])
+def test_class_names_that_are_none_are_refused_before_the_first_stage(
+    names: str, stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = "new-classes = true\n" if stage == "finetune" else ""
+    recipe = write(tmp_path, SMALL.replace(f"[{stage}]\n", f'[{stage}]\nclasses = "{names}"\n{new}'))
+    line = ["recipe", str(recipe), "--data", "digits", "--out", str(tmp_path / "run")]
+    for command in ([*line, "--dry-run"], line):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert f"{recipe}: wavedp {stage}: error: argument --classes: class names must be distinct, none of" in said
+        assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_public_images_must_be_given_where_the_recipe_asks_for_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

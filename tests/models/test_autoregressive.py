@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wavedp.errors import InvalidValueError
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.models import AutoregressiveConfig, AutoregressiveTransformer
 
 
@@ -182,6 +182,21 @@ def test_other_classes_begin_as_no_class():
             parameter.zero_()
     assert torch.equal(model.class_embedding.weight, before)  # a copy
     assert model.config.class_names == ("a", "b", "c")
-    for names in ([], ["x", "x"]):
-        with pytest.raises(InvalidValueError, match="class names must be distinct"):
-            model.with_classes(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        ([], InvalidValueError, r"at least one, got \[\]"),
+        (["x", "x"], InvalidValueError, "must be distinct"),
+        ([""], InvalidValueError, "none of them empty"),
+        (["a", " ", "b"], InvalidValueError, "none of them empty"),
+        ("abc", InvalidTypeError, r"a sequence of texts, such as \['cat', 'dog'\], got 'abc'"),
+        (None, InvalidTypeError, "a sequence of texts"),
+        ([[1]], InvalidTypeError, "a sequence of texts"),
+        (b"abc", InvalidTypeError, "a sequence of texts"),
+    ],
+)
+def test_what_are_no_class_names_is_refused(names, error, message):
+    with pytest.raises(error, match=message):
+        make().with_classes(names)

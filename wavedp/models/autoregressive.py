@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavedp.errors import InvalidTypeError, InvalidValueError
-from wavedp.models.autoregressive_config import AutoregressiveConfig
+from wavedp.models.autoregressive_config import AutoregressiveConfig, check_class_names
 from wavedp.models.generation import generate_tokens
 from wavedp.models.positions import RotaryPositions, coordinates
 from wavedp.models.sampling import SamplingOptions
@@ -73,11 +73,11 @@ class AutoregressiveTransformer(nn.Module):
         knows, with nothing of their classes.
 
         Raises:
-            InvalidValueError: no names, or one of them twice.
+            InvalidTypeError: the names are no sequence of texts, or are one text.
+            InvalidValueError: there are none, one is empty, or one comes twice.
         """
-        if not names or len({*names}) < len(names):
-            raise InvalidValueError(f"class names must be distinct and at least one, got {list(names)}")
-        config = replace(self.config, num_classes=len(names), class_names=tuple(names))
+        names = check_class_names(names)
+        config = replace(self.config, num_classes=len(names), class_names=names)
         model = AutoregressiveTransformer(config).to(self.class_embedding.weight)
         weights = {key: value.detach().clone() for key, value in self.state_dict().items()}
         weights["class_embedding.weight"] = weights["class_embedding.weight"][-1:].repeat(len(names) + 1, 1)
