@@ -98,6 +98,33 @@ def test_chosen_rows_are_added_to_those_there(tmp_path: Path, calls: Calls) -> N
     assert [row["row"] for row in read_csv(out / "results.csv")] == ["base"], "the other is of another study now"
 
 
+def test_a_row_stays_where_its_images_are_not_named_and_goes_where_they_are_others(
+    tmp_path: Path, calls: Calls
+) -> None:
+    photographs = '[[row]]\nname = "photographs"\npretrain = { data = "@public", num-generated = false }\n'
+    file, out = write(tmp_path, ROWS + photographs), tmp_path / "run"
+    command = ["study", str(file), "--data", "digits", *COMMON, "--out", str(out)]
+
+    def shown(*extra: str) -> list[str]:
+        assert main([*command, *extra]) == 0
+        summary = json.loads((out / "summary.json").read_text())["rows"]
+        assert "photographs" in summary, "it was measured, whatever is shown"
+        return [row["row"] for row in read_csv(out / "results.csv")]
+
+    both = ["base", "photographs"]
+    assert shown("--public", "photos", "--rows", "base,photographs") == both
+    calls.clear()
+    assert shown("--rows", "base") == both
+    assert shown("--public", "photos", "--rows", "base") == both
+    assert shown("--public", "others", "--rows", "base") == ["base"]
+    assert shown("--rows", "base") == both
+    assert calls == []
+    write(tmp_path, ROWS + photographs.replace("false }", "false, depth = 2 }"))
+    assert shown("--rows", "base") == ["base"], "another row of this name"
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    assert [rows[name]["sources"] for name in both] == [{"data": "digits"}, {"data": "digits", "public": "photos"}]
+
+
 def test_two_runs_at_once_share_the_stages(tmp_path: Path, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["study", str(write(tmp_path)), "--data", "digits", *COMMON, "--out", str(tmp_path / "run")]
     calls.pause = 0.2
