@@ -79,9 +79,9 @@ def test_values_become_a_command_line() -> None:
         ('[tokenizer]\nout = "x"', "sets out"),
         ('[tokenizer]\nsteps = {a = 1}', "must be a text"),
         ('[sample]\nmodel = "@finetune"\n[finetune]', "no stage before it"),
-        ('[data]\ncommand = "sample"', "cannot name a stage"),
-        ('[public]\ncommand = "sample"', "cannot name a stage"),
-        ('["../x"]\ncommand = "sample"', "cannot name a stage"),
+        ('[data]\ncommand = "sample"', r"\[data\] cannot name a stage: @data stands for the images of --data; give"),
+        ('[public]\ncommand = "sample"', r"\[public\] cannot name a stage: @public stands for the images of --public"),
+        ('["../x"]\ncommand = "sample"', "cannot name a stage, whose folder it is: use letters"),
     ],
 )  # fmt: skip
 def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
