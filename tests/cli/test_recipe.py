@@ -162,6 +162,48 @@ def test_public_images_must_be_given_where_the_recipe_asks_for_them(
     assert [line.split()[2] for line in printed[:3]] == ["--data=photographs", "--data=photographs", "--data=digits"]
 
 
+@pytest.mark.parametrize(
+    ("data", "public"),
+    [
+        ("digits", "digits"),
+        ("faces", "faces"),
+        ("faces", "./faces/"),
+        ("faces", "{}/other/../faces"),
+        ("faces", "link"),
+        ("link", "faces"),
+        ("faces/adults", "faces"),
+        ("faces", "."),
+    ],
+)
+def test_the_private_images_are_refused_as_public_ones(
+    data: str, public: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faces" / "adults").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("faces")
+    monkeypatch.chdir(tmp_path)
+    public = public.format(tmp_path)
+    study = tmp_path / "study.toml"
+    study.write_text('recipe = "recipe.toml"\n[[row]]\nname = "a"\nfinetune = { hold-out = 9 }\n')
+    for command in (["recipe", str(write(tmp_path, SMALL))], ["study", str(study)]):
+        assert main([*command, "--data", data, "--public", public, "--out", "run", "--dry-run"]) == 2
+        assert f"--public {public} holds the sensitive images, --data {data}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("data", "public"), [("digits", "./digits"), ("faces", "faces-2"), ("faces", "faces/drawn")])
+def test_other_public_images_are_taken(data: str, public: str, tmp_path: Path) -> None:
+    recipe = str(write(tmp_path, SMALL))
+    assert main(["recipe", recipe, "--data", data, "--public", public, "--out", str(tmp_path / "a"), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("name", ["data", "public"])
+def test_an_empty_name_of_images_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = {"data": "digits", "public": "photographs", name: ""}
+    line = [f"--{key}={value}" for key, value in sources.items()]
+    recipe = write(tmp_path, SMALL.replace('data = "glyphs"\nnum-generated = 40', 'data = "@public"'))
+    assert main(["recipe", str(recipe), *line, "--out", str(tmp_path / "run"), "--dry-run"]) == 2
+    assert f"--{name} is empty: give a path, or one of digits, glyphs, silhouettes" in capsys.readouterr().err
+
+
 def test_private_data_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", str(write(tmp_path, SMALL)), "--out", str(tmp_path / "run")]) == 2
     assert "give --data" in capsys.readouterr().err
