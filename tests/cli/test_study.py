@@ -201,3 +201,22 @@ def test_a_row_is_measured_anew_after_its_model_was_replaced(
     assert main(command) == 0
     assert [row["nats_per_token"] for row in read_csv(tmp_path / "run" / "results.csv")] == ["3.0"]
     assert spending(tmp_path / "run")["private_runs"] == 2
+
+
+def test_a_row_of_an_earlier_version_is_shown_and_measured_anew_when_it_is_run(
+    tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    command = ["study", str(write(tmp_path)), "--data", "digits", *COMMON, "--out", str(out), "--rows"]
+    assert main([*command, "base,wide"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    for row in summary["rows"].values():
+        del row["figures"]["nats_given_class"], row["sources"]
+    (out / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(study, "measure", lambda *_: dict.fromkeys(FIGURES) | {"nats_given_class": True})
+    calls.clear()
+    assert main([*command, "base"]) == 0
+    assert calls == []
+    rows = read_csv(out / "results.csv")
+    assert [(row["row"], row["nats_given_class"]) for row in rows] == [("base", "True"), ("wide", "")]
+    assert [row["nats_per_token"] for row in rows] == ["", "2.0"]

@@ -42,7 +42,17 @@ from wavedp.cli.recipe_stages import (
     sources,
 )
 from wavedp.cli.study_file import Row, read_study
-from wavedp.cli.study_results import Parsed, draw, last_of, measure, planned_cost, source_of_held_out, spent, table
+from wavedp.cli.study_results import (
+    FIGURES,
+    Parsed,
+    draw,
+    last_of,
+    measure,
+    planned_cost,
+    source_of_held_out,
+    spent,
+    table,
+)
 from wavedp.errors import BadFileError
 from wavedp.storage import alone, read_json, write_json
 from wavedp.training.results import write_rows
@@ -170,7 +180,8 @@ def run_row(plan: Plan, base: Parsed, device: torch.device, out: Path) -> None:
                 record.update(read_record(place))
     runs = {name: record["run"] for name, record in records.items()}
     known = read_summary(out, "study").get("rows", {}).get(plan.row.name, {})
-    figures = known["figures"] if known.get("runs") == runs else measure(plan.parsed, base, device)
+    current = known.get("runs") == runs and known["figures"].keys() == {*FIGURES}
+    figures = known["figures"] if current else measure(plan.parsed, base, device)
     times = {name: {key: record[key] for key in TIMES} for name, record in records.items()}
     about = {"note": plan.row.note, "sources": plan.sources, "stages": plan.folders}
     row = {**about, "runs": runs, "figures": figures, "times": times}
@@ -243,4 +254,5 @@ def as_row(name: str, row: dict[str, Any], stages: Sequence[str]) -> dict[str, A
     times = row["times"]
     seconds = {f"{stage}_{key}": times[stage][key] if stage in times else None for stage in stages for key in TIMES}
     total = {key: round(sum(time[key] for time in times.values()), 1) for key in ("seconds", "cpu_seconds")}
-    return {"row": name, **row["figures"], **total, **seconds, "private": False}
+    figures = {key: row["figures"].get(key) for key in FIGURES}  # a row of an earlier version has fewer
+    return {"row": name, **figures, **total, **seconds, "private": False}
