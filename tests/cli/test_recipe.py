@@ -79,9 +79,9 @@ def test_values_become_a_command_line() -> None:
         ('[tokenizer]\nout = "x"', "sets out"),
         ('[tokenizer]\nsteps = {a = 1}', "must be a text"),
         ('[sample]\nmodel = "@finetune"\n[finetune]', "no stage before it"),
-        ('[data]\ncommand = "sample"', "cannot name a stage"),
-        ('[public]\ncommand = "sample"', "cannot name a stage"),
-        ('["../x"]\ncommand = "sample"', "cannot name a stage"),
+        ('[data]\ncommand = "sample"', r"\[data\] cannot name a stage: @data stands for the images of --data; give"),
+        ('[public]\ncommand = "sample"', r"\[public\] cannot name a stage: @public stands for the images of --public"),
+        ('["../x"]\ncommand = "sample"', "cannot name a stage, whose folder it is: use letters"),
     ],
 )  # fmt: skip
 def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -134,6 +134,22 @@ def test_constants_of_the_private_stage_are_refused_before_the_first(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("names", ["0,0", "", "a,,b"])
+def test_class_names_that_are_none_are_refused_before_the_first_stage(
+    names: str, stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = "new-classes = true\n" if stage == "finetune" else ""
+    recipe = write(tmp_path, SMALL.replace(f"[{stage}]\n", f'[{stage}]\nclasses = "{names}"\n{new}'))
+    line = ["recipe", str(recipe), "--data", "digits", "--out", str(tmp_path / "run")]
+    for command in ([*line, "--dry-run"], line):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert f"{recipe}: wavedp {stage}: error: argument --classes: class names must be distinct, none of" in said
+        assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_public_images_must_be_given_where_the_recipe_asks_for_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +160,48 @@ def test_public_images_must_be_given_where_the_recipe_asks_for_them(
     assert main([*line, "--public", "photographs"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in printed[:3]] == ["--data=photographs", "--data=photographs", "--data=digits"]
+
+
+@pytest.mark.parametrize(
+    ("data", "public"),
+    [
+        ("digits", "digits"),
+        ("faces", "faces"),
+        ("faces", "./faces/"),
+        ("faces", "{}/other/../faces"),
+        ("faces", "link"),
+        ("link", "faces"),
+        ("faces/adults", "faces"),
+        ("faces", "."),
+    ],
+)
+def test_the_private_images_are_refused_as_public_ones(
+    data: str, public: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faces" / "adults").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("faces")
+    monkeypatch.chdir(tmp_path)
+    public = public.format(tmp_path)
+    study = tmp_path / "study.toml"
+    study.write_text('recipe = "recipe.toml"\n[[row]]\nname = "a"\nfinetune = { hold-out = 9 }\n')
+    for command in (["recipe", str(write(tmp_path, SMALL))], ["study", str(study)]):
+        assert main([*command, "--data", data, "--public", public, "--out", "run", "--dry-run"]) == 2
+        assert f"--public {public} holds the sensitive images, --data {data}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("data", "public"), [("digits", "./digits"), ("faces", "faces-2"), ("faces", "faces/drawn")])
+def test_other_public_images_are_taken(data: str, public: str, tmp_path: Path) -> None:
+    recipe = str(write(tmp_path, SMALL))
+    assert main(["recipe", recipe, "--data", data, "--public", public, "--out", str(tmp_path / "a"), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("name", ["data", "public"])
+def test_an_empty_name_of_images_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = {"data": "digits", "public": "photographs", name: ""}
+    line = [f"--{key}={value}" for key, value in sources.items()]
+    recipe = write(tmp_path, SMALL.replace('data = "glyphs"\nnum-generated = 40', 'data = "@public"'))
+    assert main(["recipe", str(recipe), *line, "--out", str(tmp_path / "run"), "--dry-run"]) == 2
+    assert f"--{name} is empty: give a path, or one of digits, glyphs, silhouettes" in capsys.readouterr().err
 
 
 def test_private_data_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

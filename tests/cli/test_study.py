@@ -98,6 +98,33 @@ def test_chosen_rows_are_added_to_those_there(tmp_path: Path, calls: Calls) -> N
     assert [row["row"] for row in read_csv(out / "results.csv")] == ["base"], "the other is of another study now"
 
 
+def test_a_row_stays_where_its_images_are_not_named_and_goes_where_they_are_others(
+    tmp_path: Path, calls: Calls
+) -> None:
+    photographs = '[[row]]\nname = "photographs"\npretrain = { data = "@public", num-generated = false }\n'
+    file, out = write(tmp_path, ROWS + photographs), tmp_path / "run"
+    command = ["study", str(file), "--data", "digits", *COMMON, "--out", str(out)]
+
+    def shown(*extra: str) -> list[str]:
+        assert main([*command, *extra]) == 0
+        summary = json.loads((out / "summary.json").read_text())["rows"]
+        assert "photographs" in summary, "it was measured, whatever is shown"
+        return [row["row"] for row in read_csv(out / "results.csv")]
+
+    both = ["base", "photographs"]
+    assert shown("--public", "photos", "--rows", "base,photographs") == both
+    calls.clear()
+    assert shown("--rows", "base") == both
+    assert shown("--public", "photos", "--rows", "base") == both
+    assert shown("--public", "others", "--rows", "base") == ["base"]
+    assert shown("--rows", "base") == both
+    assert calls == []
+    write(tmp_path, ROWS + photographs.replace("false }", "false, depth = 2 }"))
+    assert shown("--rows", "base") == ["base"], "another row of this name"
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    assert [rows[name]["sources"] for name in both] == [{"data": "digits"}, {"data": "digits", "public": "photos"}]
+
+
 def test_two_runs_at_once_share_the_stages(tmp_path: Path, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["study", str(write(tmp_path)), "--data", "digits", *COMMON, "--out", str(tmp_path / "run")]
     calls.pause = 0.2
@@ -174,3 +201,22 @@ def test_a_row_is_measured_anew_after_its_model_was_replaced(
     assert main(command) == 0
     assert [row["nats_per_token"] for row in read_csv(tmp_path / "run" / "results.csv")] == ["3.0"]
     assert spending(tmp_path / "run")["private_runs"] == 2
+
+
+def test_a_row_of_an_earlier_version_is_shown_and_measured_anew_when_it_is_run(
+    tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    command = ["study", str(write(tmp_path)), "--data", "digits", *COMMON, "--out", str(out), "--rows"]
+    assert main([*command, "base,wide"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    for row in summary["rows"].values():
+        del row["figures"]["nats_given_class"], row["sources"]
+    (out / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(study, "measure", lambda *_: dict.fromkeys(FIGURES) | {"nats_given_class": True})
+    calls.clear()
+    assert main([*command, "base"]) == 0
+    assert calls == []
+    rows = read_csv(out / "results.csv")
+    assert [(row["row"], row["nats_given_class"]) for row in rows] == [("base", "True"), ("wide", "")]
+    assert [row["nats_per_token"] for row in rows] == ["", "2.0"]

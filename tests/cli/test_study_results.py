@@ -56,7 +56,7 @@ def test_a_killed_private_stage_is_taken_up(done: Path) -> None:
     assert 60 - 4 <= len(read_log(private / "log.csv")) <= 60  # without steps that the kill took before their line
 
 
-def by_hand(model_folder: Path, tokenizer_folder: Path) -> tuple[float, int]:
+def by_hand(model_folder: Path, tokenizer_folder: Path, *, given_class: bool = True) -> tuple[float, int]:
     """Nats per image of the last 150 images of the training split, and parameters, from logits."""
     images = load_digits_dataset(32, split="train")
     last = range(len(images) - 150, len(images))
@@ -65,7 +65,7 @@ def by_hand(model_folder: Path, tokenizer_folder: Path) -> tuple[float, int]:
     config, n = model.config, model.config.tokens_per_scale
     pixels = to_unit_range(images.stack(last))
     skipped = tokenizer.layout.num_scales - config.num_scales
-    labels = images.labels[torch.tensor(last)]
+    labels = images.labels[torch.tensor(last)] if given_class else torch.full((150,), config.num_classes)
     with torch.no_grad():
         tokens = tokenizer.encode(coarse(pixels, skipped) * 0.5**skipped)
         hidden = model.hidden(labels, tokens[:, :-1])
@@ -88,6 +88,7 @@ def test_the_figures_are_those_of_the_folders(done: Path) -> None:
         assert float(row["nats_per_token"]) == pytest.approx(nats / int(row["tokens"]), rel=1e-4)
         assert int(row["parameters"]) == parameters
         assert row["held_out_images"] == "150"
+        assert row["nats_given_class"] == "True"
         statement = json.loads((folders["finetune"] / "privacy.json").read_text())
         for figure in ("epsilon", "delta", "noise_multiplier"):
             assert float(row[figure]) == statement[figure]
@@ -145,6 +146,26 @@ def test_a_public_model_is_measured_on_the_private_images_held_out(done: Path, t
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["spent"]["private_runs"] == 0
     base = json.loads((done / "summary.json").read_text())["rows"]["base"]["stages"]
     assert base["pretrain"] == folders["pretrain"], "the digest is the same in another folder"
+
+
+def test_a_public_model_of_other_classes_is_measured_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many of other names, which labels would be taken for, or fewer."""
+    rows = 'recipe = "recipe.toml"\n[all]\nsample = false\nevaluate = false\n'
+    for name in ("abcdefghij", "abc"):
+        rows += f'[[row]]\nname = "{name}"\nfinetune = false\npretrain = {{ classes = "{",".join(name)}" }}\n'
+    command = ["study", str(write(tmp_path, rows)), "--data", "digits", *COMMON, "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    stages = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
+    for row in read_csv(tmp_path / "run" / "results.csv"):
+        folders = {name: tmp_path / "run" / "stages" / folder for name, folder in stages[row["row"]]["stages"].items()}
+        nats, _ = by_hand(folders["pretrain"], folders["tokenizer"], given_class=False)
+        assert float(row["nats_per_image"]) == pytest.approx(nats, rel=1e-4)
+        assert row["nats_given_class"] == "False"
+        assert row["held_out_images"] == "150"
+    assert shown.count(" (no class)") == 2
 
 
 def test_the_cost_of_all_runs_is_their_sum() -> None:

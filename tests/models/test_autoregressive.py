@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wavedp.errors import InvalidValueError
+from wavedp.errors import InvalidTypeError, InvalidValueError
 from wavedp.models import AutoregressiveConfig, AutoregressiveTransformer
+from wavedp.models.lora import add_lora, merge_lora
 
 
 def make(seed: int = 0, **changes: object) -> AutoregressiveTransformer:
@@ -182,6 +183,56 @@ def test_other_classes_begin_as_no_class():
             parameter.zero_()
     assert torch.equal(model.class_embedding.weight, before)  # a copy
     assert model.config.class_names == ("a", "b", "c")
-    for names in ([], ["x", "x"]):
-        with pytest.raises(InvalidValueError, match="class names must be distinct"):
-            model.with_classes(names)
+    assert model.class_embedding.num_embeddings == 4
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_other_classes_leave_all_else_as_it_is(position):
+    """Adapters, what is frozen, dtypes and modes of parts, and torch's random state."""
+    model = make(position=position, width=24)
+    add_lora(model, 2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.norm.weight.requires_grad_(True)
+    model.approximation_head.double().train()
+    state = torch.get_rng_state()
+    other = model.with_classes(["x", "y"])
+    assert torch.equal(torch.get_rng_state(), state)
+    kept, copied = dict(model.named_parameters()), dict(other.named_parameters())
+    assert [*kept] == [*copied]
+    for name, parameter in kept.items():
+        assert copied[name].requires_grad == parameter.requires_grad, name
+        assert copied[name].dtype == parameter.dtype, name
+        assert copied[name].data_ptr() != parameter.data_ptr(), name
+        rows = [3, 3, 3] if name == "class_embedding.weight" else slice(None)
+        assert torch.equal(copied[name], parameter[rows]), name
+    assert [module.training for module in other.modules()] == [module.training for module in model.modules()]
+    assert other.approximation_head.training
+    merged = model.with_classes(["x"])
+    merge_lora(merged)
+    for part in (model, merged):
+        part.float()
+    tokens = tokens_for(model, 4)
+    expected = model.loss(tokens, torch.full((4,), model.no_class))
+    torch.testing.assert_close(merged.loss(tokens, torch.zeros(4, dtype=torch.int64)), expected)
+    for trained in (True, False):
+        model.class_embedding.requires_grad_(trained)
+        assert model.with_classes(["x"]).class_embedding.weight.requires_grad == trained
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        ([], InvalidValueError, r"at least one, got \[\]"),
+        (["x", "x"], InvalidValueError, "must be distinct"),
+        ([""], InvalidValueError, "none of them empty"),
+        (["a", " ", "b"], InvalidValueError, "none of them empty"),
+        ("abc", InvalidTypeError, r"a sequence of texts, such as \['cat', 'dog'\], got 'abc'"),
+        (None, InvalidTypeError, "a sequence of texts"),
+        ([[1]], InvalidTypeError, "a sequence of texts"),
+        (b"abc", InvalidTypeError, "a sequence of texts"),
+    ],
+)
+def test_what_are_no_class_names_is_refused(names, error, message):
+    with pytest.raises(error, match=message):
+        make().with_classes(names)

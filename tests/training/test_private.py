@@ -168,7 +168,8 @@ def test_classes_in_another_order_are_refused(
     dataset: TensorImageDataset, tokenizer: SpectralTokenizer, tmp_path: Path
 ):
     config = AutoregressiveConfig(2, 4, 1, 256, 256, width=16, depth=1, heads=2, class_names=("b", "a"))
-    with pytest.raises(ValueError, match=r"\['a', 'b'\], are not the model's, \['b', 'a'\]"):
+    remedies = r"in the same order \(--classes\); if not, .*--new-classes.* from nothing, on the private budget"
+    with pytest.raises(ValueError, match=rf"\['a', 'b'\], are not the model's, \['b', 'a'\]; .*{remedies}"):
         finetune_private(dataset, tokenizer, AutoregressiveTransformer(config), SPEC, CONFIG, tmp_path, progress=False)
 
 

@@ -13,6 +13,7 @@ from wavedp.data.catalog import Split
 from wavedp.errors import InvalidValueError
 from wavedp.extras import import_extra
 from wavedp.models import TextEmbeddings
+from wavedp.models.autoregressive_config import check_class_names
 from wavedp.training.loop import TrainingConfig
 
 Number = TypeVar("Number", int, float)
@@ -56,6 +57,15 @@ def bounded(
     return parse
 
 
+def listed_classes(text: str) -> str:
+    """An argparse type: class names with commas between them, kept as they were given."""
+    try:
+        check_class_names(class_names(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 positive_int = bounded(int, minimum=1)
 seed = bounded(int, minimum=0, maximum=2**31 - 1)
 positive_float = bounded(float, above=0, below=float("inf"))
@@ -90,7 +100,10 @@ def add_data(parser: argparse.ArgumentParser, what: str, *, sizes: bool = True, 
             help="leave out the last N images of the split (the DPImageBench protocol: 5000)",
         )
         group.add_argument("--split", choices=("train", "test", "all"), default="train", help="which part of the data")
-    group.add_argument("--classes", metavar="A,B,...", help="class names in label order (default: as the data says)")
+    group.add_argument(
+        "--classes", type=listed_classes, metavar="A,B,...",
+        help="class names in label order (default: as the data says)",
+    )  # fmt: skip
     group.add_argument("--fit", choices=("crop", "pad"), default="crop", help="how a picture becomes square")
     group.add_argument("--skip-bad", action="store_true", help="skip and count unreadable images instead of stopping")
     group.add_argument(

@@ -121,7 +121,12 @@ def summary_of(where: str, content: dict[str, Any]) -> str:
 def _stage(where: str, name: str, table: Any, earlier: list[str]) -> Stage:
     if not isinstance(table, dict):
         raise BadFileError(f"{where}: {name} must be a table of options, [{name}], not {table!r}")
-    if not name.replace("-", "").replace("_", "").isalnum() or name in SOURCES:
+    if name in SOURCES:
+        raise BadFileError(
+            f"{where}: [{name}] cannot name a stage: @{name} stands for the images of --{name}; give the stage "
+            "another name, and its command by command="
+        )
+    if not name.replace("-", "").replace("_", "").isalnum():
         raise BadFileError(f"{where}: [{name}] cannot name a stage, whose folder it is: use letters, digits, - and _")
     options = dict(table)
     command = options.pop("command", name)

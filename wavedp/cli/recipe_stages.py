@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from wavedp.cli import arguments as shared
 from wavedp.cli.finetune import check_options
 from wavedp.cli.pretrain import model_folder
 from wavedp.cli.recipe_file import SOURCES, Recipe, Stage
+from wavedp.data import NAMED_SOURCES
 from wavedp.errors import BadFileError, InvalidValueError
 from wavedp.storage import CONFIG_FILE, read_json, weights_digest
 from wavedp.training.runs import RUN_FILE
@@ -38,10 +40,28 @@ def sources(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def check_sources(recipe: Recipe, arguments: argparse.Namespace, what: str, needed: Sequence[str] = SOURCES) -> None:
-    """Raises InvalidValueError where ``what``, such as a recipe's file, needs images that were not named."""
+    """Raises InvalidValueError where ``what``, such as a recipe's file, needs images that were not named, where a name
+    is empty, and where the public images hold the sensitive ones."""
     for name, kind in (("data", "sensitive"), ("public", "public")):
-        if name in needed and getattr(arguments, name) is None and recipe.needs(name):
+        given = getattr(arguments, name)
+        if given == "":
+            raise InvalidValueError(f"--{name} is empty: give a path, or one of {', '.join(NAMED_SOURCES)}")
+        if name in needed and given is None and recipe.needs(name):
             raise InvalidValueError(f"{what} needs {kind} images: give --{name} SOURCE")
+    data, public = arguments.data, arguments.public
+    if data is not None and public is not None and is_within(data, public):
+        raise InvalidValueError(
+            f"--public {public} holds the sensitive images, --data {data}: public stages would train on them without "
+            "noise; give other images"
+        )
+
+
+def is_within(source: str, other: str) -> bool:
+    """Whether a source of images is ``other``, by whatever path, or lies in that folder."""
+    if source in NAMED_SOURCES or other in NAMED_SOURCES:
+        return source == other
+    path, folder = (Path(os.path.realpath(name)) for name in (source, other))
+    return folder in (path, *path.parents)
 
 
 def command_line(

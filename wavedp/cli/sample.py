@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--pipeline", type=Path, metavar="DIR", help="folder written by an earlier 'wavedp sample'")
     source.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder written by 'wavedp tokenizer'")
     source.add_argument("--model", type=Path, metavar="DIR", help="folder written by 'wavedp finetune' or 'pretrain'")
-    source.add_argument("--classes", metavar="A,B,...", help="names of the classes (default: as in training)")
+    source.add_argument(
+        "--classes", type=shared.listed_classes, metavar="A,B,...",
+        help="names of the classes (default: as in training)",
+    )  # fmt: skip
     add_super_resolver(parser, default=None)
     group = parser.add_argument_group("sampling")
     group.add_argument("--num-images", type=shared.positive_int, default=100, help="images in all")

@@ -9,7 +9,8 @@ that is chosen by looking at them is not covered by that row's epsilon, nor by t
 Every row is the recipe with overrides. Stages that agree between rows, with all that they read, are run once, in
 stages/<stage>-<digest> inside --out. The command lines of all rows are read before anything is run. Finished stages and
 rows are not run again: the same command continues where it was stopped or killed. Several processes may run rows of one
-study in one --out, each with --rows of its own: a stage is run by one of them, and the others wait for it.
+study in one --out, each with --rows of its own: a stage is run by one of them, and the others wait for it. A row
+measured on images of --public stays in the results where they are not named again, and leaves them where others are.
 
 Writes results.csv (a row for each row of the study: epsilon, parameters, loss on the images that the private stage held
 out, accuracy of the evaluation; seconds and attempts of every stage), summary.json and results.png after every row. A
@@ -38,9 +39,20 @@ from wavedp.cli.recipe_stages import (
     parse,
     read_summary,
     run_stage,
+    sources,
 )
 from wavedp.cli.study_file import Row, read_study
-from wavedp.cli.study_results import Parsed, draw, last_of, measure, planned_cost, source_of_held_out, spent, table
+from wavedp.cli.study_results import (
+    FIGURES,
+    Parsed,
+    draw,
+    last_of,
+    measure,
+    planned_cost,
+    source_of_held_out,
+    spent,
+    table,
+)
 from wavedp.errors import BadFileError
 from wavedp.storage import alone, read_json, write_json
 from wavedp.training.results import write_rows
@@ -68,10 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a row is run. By stage: ``folders``, its folder's name; ``lines``, its command line; ``parsed``, what the
-    command makes of that."""
+    """How a row is run. ``sources``: the images that it reads, by their name in `SOURCES`. By stage: ``folders``, its
+    folder's name; ``lines``, its command line; ``parsed``, what the command makes of that."""
 
     row: Row
+    sources: dict[str, str]
     folders: dict[str, str]
     lines: dict[str, list[str]]
     parsed: dict[str, argparse.Namespace]
@@ -100,9 +113,9 @@ def run(arguments: argparse.Namespace) -> None:
                 continue
             print(f"row {number}/{len(plans)}: {plan.row.name}", flush=True)
             run_row(plan, base, device, arguments.out)
-            write_results(plans, arguments.out, study.summary)
+            write_results(plans, arguments, study.summary)
     finally:
-        rows = write_results(plans, arguments.out, study.summary)
+        rows = write_results(plans, arguments, study.summary)
         total = read_summary(arguments.out, "study")["spent"]
         print(
             f"{table(rows)}\n{NOTE}\n{total['private_runs']} private runs in {arguments.out}: together epsilon "
@@ -111,12 +124,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def planned(row: Row, arguments: argparse.Namespace) -> Plan:
-    stages = row.recipe.stages
-    folders = {name: f"{name}-{digest[:12]}" for name, digest in digests(stages, arguments).items()}
+    folders = stage_folders(row, arguments)
     out = arguments.out / STAGES
-    lines = {stage.name: command_line(stage, out, arguments, folders) for stage in stages}
+    lines = {stage.name: command_line(stage, out, arguments, folders) for stage in row.recipe.stages}
     parsed = {name: parse(line, f"{arguments.study}: row {row.name!r}, {name}") for name, line in lines.items()}
-    return Plan(row, folders, lines, parsed)
+    read = {name: source for name, source in sources(arguments).items() if row.recipe.needs(name)}
+    return Plan(row, read, folders, lines, parsed)
+
+
+def stage_folders(row: Row, arguments: argparse.Namespace) -> dict[str, str]:
+    """By stage, the name of its folder."""
+    return {name: f"{name}-{digest[:12]}" for name, digest in digests(row.recipe.stages, arguments).items()}
 
 
 def check_measurable(plan: Plan, base: Parsed, file: Path) -> None:
@@ -162,9 +180,11 @@ def run_row(plan: Plan, base: Parsed, device: torch.device, out: Path) -> None:
                 record.update(read_record(place))
     runs = {name: record["run"] for name, record in records.items()}
     known = read_summary(out, "study").get("rows", {}).get(plan.row.name, {})
-    figures = known["figures"] if known.get("runs") == runs else measure(plan.parsed, base, device)
+    current = known.get("runs") == runs and known["figures"].keys() == {*FIGURES}
+    figures = known["figures"] if current else measure(plan.parsed, base, device)
     times = {name: {key: record[key] for key in TIMES} for name, record in records.items()}
-    row = {"note": plan.row.note, "stages": plan.folders, "runs": runs, "figures": figures, "times": times}
+    about = {"note": plan.row.note, "sources": plan.sources, "stages": plan.folders}
+    row = {**about, "runs": runs, "figures": figures, "times": times}
     with alone(out):
         summary = read_summary(out, "study")
         rows = {**summary.get("rows", {}), plan.row.name: row}
@@ -200,12 +220,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def write_results(plans: Sequence[Plan], out: Path, summary_text: str) -> list[dict[str, Any]]:
+def write_results(plans: Sequence[Plan], arguments: argparse.Namespace, summary_text: str) -> list[dict[str, Any]]:
     """Writes results.csv, results.png and summary.json from the rows measured so far, which are returned. Rows of other
     studies in the same folder stay in summary.json."""
+    out = arguments.out
     with alone(out):
         found = read_summary(out, "study").get("rows", {})
-        known = {plan.row.name: found[plan.row.name] for plan in plans if is_of(plan, found.get(plan.row.name))}
+        names = [plan.row.name for plan in plans if is_of(plan.row, arguments, found.get(plan.row.name))]
+        known = {name: found[name] for name in names}
         total = spent(private_runs(out))
         about = {"command": "study", "private": False, "note": NOTE, "summary": summary_text, "spent": total}
         write_json(out / SUMMARY_FILE, {**about, "rows": {**found, **known}})
@@ -217,8 +239,14 @@ def write_results(plans: Sequence[Plan], out: Path, summary_text: str) -> list[d
     return rows
 
 
-def is_of(plan: Plan, row: dict[str, Any] | None) -> bool:
-    return row is not None and row["stages"] == plan.folders
+def is_of(row: Row, arguments: argparse.Namespace, measured: dict[str, Any] | None) -> bool:
+    """Whether ``row`` is what was ``measured``, on the images of then where the command line names none."""
+    if measured is None:
+        return False
+    then = measured.get("sources", {})
+    meant = {name: then.get(name) if getattr(arguments, name) is None else getattr(arguments, name) for name in SOURCES}
+    folders: dict[str, str] = measured["stages"]
+    return folders == stage_folders(row, argparse.Namespace(**{**vars(arguments), **meant}))
 
 
 def as_row(name: str, row: dict[str, Any], stages: Sequence[str]) -> dict[str, Any]:
@@ -226,4 +254,5 @@ def as_row(name: str, row: dict[str, Any], stages: Sequence[str]) -> dict[str, A
     times = row["times"]
     seconds = {f"{stage}_{key}": times[stage][key] if stage in times else None for stage in stages for key in TIMES}
     total = {key: round(sum(time[key] for time in times.values()), 1) for key in ("seconds", "cpu_seconds")}
-    return {"row": name, **row["figures"], **total, **seconds, "private": False}
+    figures = {key: row["figures"].get(key) for key in FIGURES}  # a row of an earlier version has fewer
+    return {"row": name, **figures, **total, **seconds, "private": False}

@@ -14,7 +14,6 @@ from wavedp.cli import arguments as shared
 from wavedp.cli.finetune import lora, privacy_spec, public_model
 from wavedp.cli.pretrain import model_folder
 from wavedp.data import ImageDataset
-from wavedp.errors import InvalidValueError
 from wavedp.models import AutoregressiveTransformer, SpectralTokenizer, load_autoregressive, load_tokenizer
 from wavedp.storage import read_json
 from wavedp.training.pictures import save_dots
@@ -31,6 +30,7 @@ FIGURES = (
     "held_out_images",
     "nats_per_token",
     "nats_per_image",
+    "nats_given_class",
     "accuracy_mean",
     "accuracy_std",
     "accuracy_max",
@@ -73,6 +73,7 @@ def measure(stages: Parsed, base: Parsed, device: torch.device) -> dict[str, Any
             nats = held_out_nats(model, tokenizer, images)
             figures |= {"held_out_images": len(images), "nats_per_token": nats}
             figures["nats_per_image"] = nats * model.config.length
+            figures["nats_given_class"] = knows_classes(model, images)
     if private is not None:
         statement = read_json(private.out / "privacy.json")
         figures |= {name: statement[name] for name in ("epsilon", "delta", "noise_multiplier")}
@@ -88,15 +89,20 @@ def trained_parameters(private: argparse.Namespace) -> int:
 
 @torch.no_grad()
 def held_out_nats(model: AutoregressiveTransformer, tokenizer: SpectralTokenizer, images: ImageDataset) -> float:
-    """The mean over ``images`` of the model's loss, nats per token."""
-    if len(images.classes) != model.config.num_classes:
-        raise InvalidValueError(
-            f"{images.name} has {len(images.classes)} classes, the model {model.config.num_classes}"
-        )
+    """The mean over ``images`` of the model's loss, nats per token: given the class, or 'no class' where the model does
+    not know theirs (`knows_classes`)."""
     device = model.class_embedding.weight.device
     tokens = tokenize(tokenizer, images, model.config.num_scales)
-    batches = zip(tokens.split(256), images.labels.split(256), strict=True)
+    labels = images.labels if knows_classes(model, images) else torch.full_like(images.labels, model.no_class)
+    batches = zip(tokens.split(256), labels.split(256), strict=True)
     return sum(float(model.loss(t.to(device), y.to(device)).double().sum()) for t, y in batches) / len(images)
+
+
+def knows_classes(model: AutoregressiveTransformer, images: ImageDataset) -> bool:
+    """Whether the labels of ``images`` mean to the model what they mean here: by the names of its classes, or their
+    number where it has no names. To a public model of other images they mean other things."""
+    config = model.config
+    return images.classes == config.class_names if config.class_names else len(images.classes) == config.num_classes
 
 
 def accuracies(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +147,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 _shown(row["epsilon"], ".4g"),
                 _shown(row["parameters"], ",d"),
                 _shown(row["trained_parameters"], ",d"),
-                _shown(row["nats_per_token"], ".4f"),
+                _shown(row["nats_per_token"], ".4f") + without_class(row),
                 _shown(row["nats_per_image"], ".2f"),
                 accuracy,
                 _shown(row["accuracy_max"], ".2f", 100),
@@ -154,6 +160,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "  ".join([f"{line[0]:{first}}", *(f"{cell:>{width}}" for cell, width in zip(line[1:], others, strict=True))])
         for line in lines
     )
+
+
+def without_class(row: Mapping[str, Any]) -> str:
+    """What is said beside the loss of a model that was not told the class."""
+    return " (no class)" if row["nats_given_class"] is False else ""
 
 
 def _shown(value: float | None, how: str, factor: float | None = None) -> str:
@@ -170,7 +181,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         points = {row["row"]: (100 * row["accuracy_mean"], 100 * row["accuracy_std"]) for row in rows}
         label = "accuracy, %: mean and standard deviation over classifier seeds"
     elif all(row["nats_per_token"] is not None for row in rows):
-        points = {row["row"]: (row["nats_per_token"], 0.0) for row in rows}
+        points = {row["row"] + without_class(row): (row["nats_per_token"], 0.0) for row in rows}
         label = "nats per token on held-out images"
     if points:
         save_dots(path, points, title="NOT private; every row spends its own budget", x_label=label)

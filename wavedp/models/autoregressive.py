@@ -2,6 +2,7 @@
 """Autoregressive transformer over spectral tokens, coarse scales first (AR-SIT), conditioned on class and text."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavedp.errors import InvalidTypeError, InvalidValueError
-from wavedp.models.autoregressive_config import AutoregressiveConfig
+from wavedp.models.autoregressive_config import AutoregressiveConfig, check_class_names
 from wavedp.models.generation import generate_tokens
 from wavedp.models.positions import RotaryPositions, coordinates
 from wavedp.models.sampling import SamplingOptions
@@ -70,19 +71,19 @@ class AutoregressiveTransformer(nn.Module):
 
     def with_classes(self, names: Sequence[str]) -> "AutoregressiveTransformer":
         """A copy for other classes, each of which begins as 'no class': what a model of public images of other things
-        knows, with nothing of their classes.
+        knows, with nothing of their classes. LoRA adapters are copied too, and what is frozen stays so.
 
         Raises:
-            InvalidValueError: no names, or one of them twice.
+            InvalidTypeError: the names are no sequence of texts, or are one text.
+            InvalidValueError: there are none, one is empty, or one comes twice.
         """
-        if not names or len({*names}) < len(names):
-            raise InvalidValueError(f"class names must be distinct and at least one, got {list(names)}")
-        config = replace(self.config, num_classes=len(names), class_names=tuple(names))
-        model = AutoregressiveTransformer(config).to(self.class_embedding.weight)
-        weights = {key: value.detach().clone() for key, value in self.state_dict().items()}
-        weights["class_embedding.weight"] = weights["class_embedding.weight"][-1:].repeat(len(names) + 1, 1)
-        model.load_state_dict(weights)
-        return model.train(self.training)
+        names = check_class_names(names)
+        model = deepcopy(self)
+        model.config = replace(self.config, num_classes=len(names), class_names=names)
+        table, rows = model.class_embedding, len(names) + 1
+        table.weight = nn.Parameter(table.weight.detach()[-1:].repeat(rows, 1), table.weight.requires_grad)
+        table.num_embeddings = rows
+        return model
 
     def loss(
         self, tokens: Tensor, labels: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None

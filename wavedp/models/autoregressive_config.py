@@ -2,6 +2,7 @@
 """What an autoregressive model is made of."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,20 @@ from wavedp.models.sizes import check_real, check_sizes
 
 POSITIONS = ("learned", "factorised", "rotary")
 MOST_TEXT = {"text_width": 2**16, "text_length": 2**12}
+
+
+def check_class_names(names: Any) -> tuple[str, ...]:
+    """The names that a list of classes is made of, in label order.
+
+    Raises:
+        InvalidTypeError: ``names`` is no sequence of texts, or is a text itself.
+        InvalidValueError: there are none, one is empty, or one comes twice.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise InvalidTypeError(f"class names must be a sequence of texts, such as ['cat', 'dog'], got {names!r}")
+    if not names or not all(name.strip() for name in names) or len({*names}) < len(names):
+        raise InvalidValueError(f"class names must be distinct, none of them empty and at least one, got {list(names)}")
+    return tuple(names)
 
 
 @dataclass(frozen=True)

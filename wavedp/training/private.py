@@ -48,6 +48,10 @@ SHARED_ASSUMPTIONS = (
     "The ledger holds every run on these images; others add to it.",
 )
 TEXT_ASSUMPTION = "A record is an image with its class and its caption."
+NEW_CLASSES = (
+    "give the model these (--new-classes, AutoregressiveTransformer.with_classes), whose class embedding is then "
+    "trained from nothing, on the private budget"
+)
 OPTIMIZER_STATE = frozenset({"step", "exp_avg", "exp_avg_sq", "average", "average_step"})
 """What a checkpoint may hold of an optimizer."""
 
@@ -225,14 +229,14 @@ def _check_inputs(
         )
     if len(dataset.classes) != model.config.num_classes:
         raise InvalidValueError(
-            f"{dataset.name} has {len(dataset.classes)} classes, the model {model.config.num_classes}; pre-train on "
-            "the same classes, or give it these (--new-classes, AutoregressiveTransformer.with_classes)"
+            f"{dataset.name} has {len(dataset.classes)} classes, the model {model.config.num_classes}; if they are the "
+            f"model's, name all of those (--classes); if not, pre-train on the same classes, or {NEW_CLASSES}"
         )
     if model.config.class_names and dataset.classes != model.config.class_names:
         raise InvalidValueError(
             f"the classes of {dataset.name}, {list(dataset.classes)}, are not the model's, "
-            f"{list(model.config.class_names)}; name them alike and in the same order (--classes), or give the model "
-            "these (--new-classes, AutoregressiveTransformer.with_classes)"
+            f"{list(model.config.class_names)}; if they are the same, name them alike and in the same order "
+            f"(--classes); if not, {NEW_CLASSES}"
         )
     if not math.isfinite(spec.epsilon()):
         raise InvalidValueError(f"noise_multiplier={spec.noise_multiplier:g} gives no finite epsilon; raise it")
