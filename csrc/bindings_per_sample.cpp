@@ -127,7 +127,9 @@ bool weight_grad(uintptr_t g, const SequenceAxes& g_axes, uintptr_t a, const Seq
   wavedp::check_range("threads", threads, 1, INT32_MAX);
   wavedp::check_range("records_in_block", records_in_block, 1, INT32_MAX);
   const int dtype = static_cast<int>(wavedp::DType::kFloat32);
-  wavedp::WeightGrad job{sequences_of("g_ptr", g, dtype, g_axes), sequences_of("a_ptr", a, dtype, a_axes)};
+  wavedp::WeightGrad job{};
+  job.g = sequences_of("g_ptr", g, dtype, g_axes);
+  job.a = sequences_of("a_ptr", a, dtype, a_axes);
   check_same(job.g, job.a);
   job.factors = address<const double>("factors_ptr", factors, job.g.batch);
   std::vector<int64_t> kept;
@@ -136,10 +138,9 @@ bool weight_grad(uintptr_t g, const SequenceAxes& g_axes, uintptr_t a, const Seq
   }
   job.kept = kept.data();
   job.records = static_cast<int64_t>(kept.size());
-  job.records_in_block = records_in_block;
   job.smallest = smallest;
-  job.grad = address<void>("grad_ptr", grad, job.g.width * job.a.width);
-  return wavedp::weight_grad_cpu(job, threads);
+  float* sums = address<float>("grad_ptr", grad, job.g.width * job.a.width);
+  return job.records > 0 && wavedp::weight_grad_cpu(job, records_in_block, sums, threads);
 }
 
 }  // namespace

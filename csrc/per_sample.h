@@ -80,16 +80,22 @@ struct ScaledRecords {
   void* scaled;
 };
 
-// grad = sum_b factors[b] g_b^T a_b over the records in `kept`, added up in float32 in blocks of records, and
-// blocks in float64. Of float32.
+// sums = sum_b factors[b] g_b^T a_b over the records in `kept`, of float32: in blocks of about as many
+// records, and groups of about as many blocks, which are added up in float64.
 struct WeightGrad {
   Sequences g, a;
-  const double* factors;  // [batch]
+  const double* factors;  // [batch], positive
   const int64_t* kept;    // [records]
-  int64_t records, records_in_block;
+  int64_t records, blocks;
+  // All rows of factors[b] times the wider side, and of the other, that are not 0 have an entry of at least
+  // `smallest`, and none over 1 / smallest.
   double smallest;
-  void* grad;  // [g.width, a.width]
-  int64_t panels_down, panels_across;
+  int64_t panels_down, panels_across, groups;  // of the narrower side, of the wider, of blocks
+  void* sums;                                  // [groups, g.width, a.width]
+
+  bool is_transposed() const { return a.width < g.width; }
+  const Sequences& narrow() const { return is_transposed() ? a : g; }
+  const Sequences& wide() const { return is_transposed() ? g : a; }
 };
 
 void linear_norms_cpu(const LinearNorms& job, int threads);
@@ -101,8 +107,9 @@ void squared_norms_cpu(const SquaredNorms& job, int threads);
 void weighted_sum_cpu(const WeightedSum& job, int threads);
 // Whether every row of the result has an entry of at least `smallest`, apart from rows that were 0.
 bool scale_records_cpu(const ScaledRecords& job, int threads);
-// Whether the processor has instructions for it that gain by it, and it is done with every row of factors[b] g_bt
-// that is not 0 having an entry of at least `smallest`.
-bool weight_grad_cpu(const WeightGrad& job, int threads);
+// Adds up in blocks of at most so many records; `blocks`, `panels`, `groups` and `sums` are set. False, and
+// nothing written, where the processor has no instructions that gain by it, or rows are not as they have to
+// be.
+bool weight_grad_cpu(WeightGrad job, int64_t records_in_block, float* grad, int threads);
 
 }  // namespace wavedp

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of float32 matrices by the tiles of AMX, which multiply bfloat16 and add up in float32.
 //
-// A number is the sum of three of bfloat16, of 8 bits each, and a product the sum of the six products of theirs
-// that are not below 2^-23 of it: what is left out is below the rounding of float32. On one core of a Xeon of
-// the fourth generation the six take a third of the time of float32's own operations (Henry, Tang, Heinecke,
-// "Leveraging the bfloat16 Artificial Intelligence Datatype for Higher-Precision Computations", 2019).
+// A number is the sum of three of bfloat16, of 8 bits each, and a product the sum of the six products of
+// theirs that are not below 2^-23 of it, about the rounding of float32 (Henry, Tang, Heinecke, "Leveraging
+// the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019).
+// docs/decisions/0008-amx.md has what it gains.
 //
-// A tile of 16 rows and 32 entries of them is three blocks of 1 KiB, one for each part: 16 lines of 16 pairs of
-// numbers. Which entry a pair holds does not matter, as long as both sides of a product agree.
+// A tile of 16 rows and 32 entries of them is three blocks of 1 KiB, one for each part: 16 lines of 16 pairs
+// of numbers. Which entry a pair holds does not matter, as long as both sides of a product agree.
 #pragma once
+
+#include <type_traits>
 
 #include "vector.h"
 
@@ -44,12 +46,14 @@ inline void clear_tile() {
 
 template <int kTile>
 inline void load_tile(const void* source) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(source), "r"(int64_t(kLineBytes)), "i"(kTile) : "memory");
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(source), "r"(int64_t(kLineBytes)), "i"(kTile)
+               : "memory");
 }
 
 template <int kTile>
 inline void store_tile(void* target) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(target), "r"(int64_t(kLineBytes)), "i"(kTile) : "memory");
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(target), "r"(int64_t(kLineBytes)), "i"(kTile)
+               : "memory");
 }
 
 // tile[sum] += tile[x] tile[y]
@@ -58,7 +62,8 @@ inline void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kX), "i"(kY));
 }
 
-// Sums of products of up to 2 x 2 tiles in the first registers; where `kTriangle`, not that below the diagonal.
+// Sums of products of up to 2 x 2 tiles in the first registers; where `kTriangle`, not that below the
+// diagonal.
 template <int kRows, int kCols, bool kTriangle>
 struct TileBlock {
   static constexpr int kX = 4, kY = 6;
@@ -86,11 +91,12 @@ struct TileBlock {
     each([&](auto i, auto j) { store_tile<2 * i + j>(sums + i * down + j * across); });
   }
 
-  // Of the tiles from x and y on, which lie x_apart and y_apart words apart. A core does other work at the same
-  // time only where it finds it among the products: `meanwhile` is called kPauses times.
+  // Of the tiles from x and y on, which lie x_apart and y_apart words apart. A core does other work at the
+  // same time only where it finds it among the products: `meanwhile` is called kPauses times.
   static constexpr int kPauses = 6;
   template <class Do>
-  static void add(const uint32_t* x, int64_t x_apart, const uint32_t* y, int64_t y_apart, const Do& meanwhile) {
+  static void add(const uint32_t* x, int64_t x_apart, const uint32_t* y, int64_t y_apart,
+                  const Do& meanwhile) {
     load_y<0>(y, y_apart);
     load_x<2>(x, x_apart);
     multiply();

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Clipped sums of the weight gradients of linear layers by the tiles of AMX. Compiled once.
+//
+// Of a chunk of rows both sides are taken apart, then multiplied two by two tiles: both stay in the
+// second-level cache, and the sums of a panel beside them.
 #include <algorithm>
 
 #include "amx.h"
@@ -11,15 +14,21 @@ WAVEDP_DECLARE_WEIGHT_GRAD(WAVEDP_ISA)
 namespace wavedp::WAVEDP_ISA {
 namespace {
 
-// Rows that are taken apart at a time: with the widest panels of both sides and their sums they stay in the
-// second-level cache.
-constexpr int64_t kSteps = 2, kRows = kSteps * kTileEntries;
-constexpr int64_t kPairs = kTileEntries / 2;
+constexpr int64_t kStepRows = kTileEntries, kPairs = kStepRows / 2;
+constexpr int64_t kChunkSteps = 4, kChunkRows = kChunkSteps * kStepRows;
+constexpr int64_t kTwoTiles = 2 * kTileRows;
 
 // Columns [first, first + count) of one side, in tiles of 16.
 struct Columns {
   int64_t first, count;
   int64_t tiles() const { return (count + kTileRows - 1) / kTileRows; }
+};
+
+// The columns of a step of rows; those that are not there are masked.
+struct StepRows {
+  const float* x[kStepRows];
+  float factors[kStepRows];
+  __mmask16 there[kStepRows];
 };
 
 class PanelOfWeightGrad {
@@ -28,94 +37,79 @@ class PanelOfWeightGrad {
       : job_(job),
         down_(down),
         across_(across),
-        blocks_((job.records + job.records_in_block - 1) / job.records_in_block),
-        x_(static_cast<uint32_t*>(lasting_memory(bytes()))),
-        y_(x_ + words_of(down)),
-        sums_(reinterpret_cast<float*>(y_ + words_of(across))),
-        total_(blocks_ > 1 ? reinterpret_cast<double*>(sums_ + sum_count()) : nullptr) {}
+        sum_count_(down.tiles() * across.tiles() * kPartWords),
+        rows_(static_cast<StepRows (*)[kChunkSteps]>(lasting_memory(bytes()))),
+        x_(reinterpret_cast<uint32_t*>(rows_ + 2)),
+        y_(x_ + kChunkSteps * down.tiles() * kTileWords),
+        sums_(reinterpret_cast<float*>(y_ + kChunkSteps * across.tiles() * kTileWords)),
+        total_(reinterpret_cast<double*>(sums_ + sum_count_)) {}
 
-  // Whether every row keeps its precision as float32.
-  bool run() {
-    const int64_t tokens = job_.g.tokens, count = sum_count();
-    for (int64_t k = 0; total_ && k < count; ++k) total_[k] = 0;
-    for (int64_t first = 0; first < job_.records; first += job_.records_in_block) {
-      const int64_t records = std::min(job_.records - first, job_.records_in_block);
-      for (int64_t row = 0; row < records * tokens; row += kRows) {
-        const int64_t rows = std::min(records * tokens - row, kRows);
-        pack(first * tokens + row, rows);
-        multiply((rows + kTileEntries - 1) / kTileEntries, row == 0);
+  // Adds up blocks [begin, end). False where a row is so large or small that parts of its entries might be
+  // lost.
+  bool run(int64_t begin, int64_t end, float* target) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = job_.records * block / job_.blocks * job_.g.tokens;
+      const int64_t last = job_.records * (block + 1) / job_.blocks * job_.g.tokens;
+      for (int64_t row = first; row < last; row += kChunkRows) {
+        if (!set_rows(row, std::min(last - row, kChunkRows))) return false;
+        multiply((std::min(last - row, kChunkRows) + kStepRows - 1) / kStepRows, row == first);
       }
-      for (int64_t k = 0; total_ && k < count; ++k) total_[k] += static_cast<double>(sums_[k]);
+      for (int64_t k = 0; end - begin > 1 && k < sum_count_; ++k) {
+        total_[k] = (block > begin ? total_[k] : 0) + static_cast<double>(sums_[k]);
+      }
     }
-    write();
-    return precise_;
+    for (int64_t k = 0; end - begin > 1 && k < sum_count_; ++k) sums_[k] = static_cast<float>(total_[k]);
+    write(target);
+    return true;
   }
 
  private:
-  static int64_t words_of(const Columns& columns) { return columns.tiles() * kSteps * kTileWords; }
-  int64_t sum_count() const { return down_.tiles() * across_.tiles() * kPartWords; }
   int64_t bytes() const {
-    return 4 * (words_of(down_) + words_of(across_) + sum_count()) + (blocks_ > 1 ? 8 * sum_count() : 0);
+    return 2 * sizeof(*rows_) + 12 * sum_count_ +
+           4 * kChunkSteps * kTileWords * (down_.tiles() + across_.tiles());
   }
 
-  const float* row_of(const Sequences& s, int64_t row, const Columns& columns) const {
-    const int64_t record = job_.kept[row / s.tokens], token = row % s.tokens;
+  // The rows from `row` of those that are kept on, up to whole steps. The wider side is scaled.
+  bool set_rows(int64_t row, int64_t count) {
+    const Sequences &down = job_.narrow(), &across = job_.wide();
+    const int64_t tokens = down.tokens;
+    int64_t kept = row / tokens, token = row % tokens;
+    bool ordinary = true;
+    for (int64_t r = 0; r < (count + kStepRows - 1) / kStepRows * kStepRows; ++r) {
+      const bool there = r < count;
+      const int64_t record = job_.kept[there ? kept : row / tokens], t = there ? token : 0;
+      StepRows &down_rows = rows_[0][r / kStepRows], &across_rows = rows_[1][r / kStepRows];
+      const int64_t k = r % kStepRows;
+      down_rows.x[k] = row_of(down, record, t, down_);
+      across_rows.x[k] = row_of(across, record, t, across_);
+      down_rows.factors[k] = 1;
+      across_rows.factors[k] = static_cast<float>(job_.factors[record]);
+      down_rows.there[k] = across_rows.there[k] = there ? 0xffff : 0;
+      if (!there) continue;
+      ordinary = ordinary && is_ordinary(down_rows.x[k], down_.count, 1) &&
+                 is_ordinary(across_rows.x[k], across_.count, across_rows.factors[k]);
+      if (++token == tokens) token = 0, ++kept;
+    }
+    return ordinary;
+  }
+
+  static const float* row_of(const Sequences& s, int64_t record, int64_t token, const Columns& columns) {
     return static_cast<const float*>(s.x) + record * s.stride_batch + token * s.stride_token + columns.first;
   }
 
-  // Rows in pairs that follow one another, and of zeros to a whole step.
-  void pack(int64_t row, int64_t rows) {
-    for (int64_t step = 0; step * kTileEntries < rows; ++step) {
-      for (int64_t pair = 0; pair < kPairs; ++pair) {
-        const int64_t at = step * kTileEntries + 2 * pair, there = std::clamp<int64_t>(rows - at, 0, 2);
-        pack_pair<true>(row + at, there, job_.g, down_, x_ + step * kTileWords + pair * kTileRows);
-        pack_pair<false>(row + at, there, job_.a, across_, y_ + step * kTileWords + pair * kTileRows);
-      }
-      for (int64_t tile = 0; tile < down_.tiles(); ++tile) {
-        for (int64_t part = 0; part < kTileParts; ++part) {
-          uint32_t* words = x_ + (tile * kSteps + step) * kTileWords + part * kPartWords;
-          transpose_part(words, words);
-        }
-      }
-    }
-  }
-
-  template <bool kScaled>
-  void pack_pair(int64_t row, int64_t there, const Sequences& s, const Columns& columns, uint32_t* words) {
-    constexpr int64_t kApart = kSteps * kTileWords;
-    const int64_t tiles = columns.tiles();
-    if (there == 0) {
-      for (int64_t tile = 0; tile < tiles; ++tile, words += kApart) put(Parts(Floats{}, Floats{}), words);
-      return;
-    }
-    const float* first = row_of(s, row, columns);
-    const float* second = there > 1 ? row_of(s, row + 1, columns) : first;
-    const float first_factor = kScaled ? factor_of(row) : 1, second_factor = there < 2 ? 0 : kScaled ? factor_of(row + 1) : 1;
+  // Also has the row brought to the second-level cache.
+  bool is_ordinary(const float* row, int64_t count, float factor) const {
     Floats largest[2] = {};
-    for (int64_t tile = 0; tile < tiles; ++tile, words += kApart) {
-      const int64_t rest = columns.count - tile * kTileRows;
-      const auto lanes = static_cast<__mmask16>(rest >= kTileRows ? 0xffff : (1 << rest) - 1);
-      const auto second_lanes = static_cast<__mmask16>(there > 1 ? lanes : 0);
-      Floats x = (Floats)_mm512_maskz_loadu_ps(lanes, first + tile * kTileRows);
-      Floats y = (Floats)_mm512_maskz_loadu_ps(second_lanes, second + tile * kTileRows);
-      if constexpr (kScaled) {
-        x *= first_factor;
-        y *= second_factor;
-        largest[0] = larger(largest[0], x);
-        largest[1] = larger(largest[1], y);
-      }
-      put(Parts(x, y), words);
+    int64_t c = 0;
+    for (; c + kTwoTiles <= count; c += kTwoTiles) {
+      for (int64_t u = 0; u < 2; ++u) largest[u] = larger(largest[u], load<Floats>(row + c + u * kTileRows));
     }
-    if constexpr (kScaled) {
-      for (const Floats& row_largest : largest) {
-        const float most = lane_max(row_largest);
-        precise_ = precise_ && (most == 0 || most >= static_cast<float>(job_.smallest));
-      }
+    for (; c < count; c += kTileRows) {
+      largest[0] = larger(largest[0], load_first(row + c, std::min(count - c, kTileRows)));
     }
-  }
-
-  float factor_of(int64_t row) const {
-    return static_cast<float>(job_.factors[job_.kept[row / job_.g.tokens]]);
+    const double most = static_cast<double>(lane_max(larger(largest[0], largest[1])));
+    const double scaled = most * static_cast<double>(factor);
+    return most == 0 || (scaled >= job_.smallest && scaled <= 1 / job_.smallest);
   }
 
   // The larger of the absolute values of either.
@@ -123,48 +117,76 @@ class PanelOfWeightGrad {
     return (Floats)_mm512_range_ps((__m512)x, (__m512)y, 0b1011);
   }
 
-  static void put(const Parts& parts, uint32_t* words) {
-#pragma GCC unroll 3
-    for (int64_t part = 0; part < kTileParts; ++part) store(words + part * kPartWords, parts.words[part]);
-  }
-
   void multiply(int64_t steps, bool first) {
-    const int64_t down = down_.tiles(), across = across_.tiles();
-    for (int64_t j = 0; j < across; j += 2) {
-      for (int64_t i = 0; i < down; i += 2) {
-        const bool tall = i + 1 < down, wide = j + 1 < across;
+    for (int64_t step = 0; step < steps; ++step) {
+      uint32_t *x = x_ + step * down_.tiles() * kTileWords, *y = y_ + step * across_.tiles() * kTileWords;
+      take_apart(rows_[0][step], down_, x);
+      for (uint32_t* part = x; part < x + down_.tiles() * kTileWords; part += kPartWords)
+        transpose_part(part, part);
+      take_apart(rows_[1][step], across_, y);
+    }
+    for (int64_t j = 0; j < across_.tiles(); j += 2) {
+      for (int64_t i = 0; i < down_.tiles(); i += 2) {
+        const bool tall = i + 1 < down_.tiles(), wide = j + 1 < across_.tiles();
         if (tall) {
-          wide ? multiply<2, 2>(i, j, steps, first) : multiply<2, 1>(i, j, steps, first);
+          wide ? multiply_block<2, 2>(i, j, steps, first) : multiply_block<2, 1>(i, j, steps, first);
         } else {
-          wide ? multiply<1, 2>(i, j, steps, first) : multiply<1, 1>(i, j, steps, first);
+          wide ? multiply_block<1, 2>(i, j, steps, first) : multiply_block<1, 1>(i, j, steps, first);
         }
       }
     }
   }
 
-  template <int kDown, int kAcross>
-  void multiply(int64_t i, int64_t j, int64_t steps, bool first) {
-    using Block = TileBlock<kDown, kAcross, false>;
-    constexpr int64_t kApart = kSteps * kTileWords;
-    const uint32_t *x = x_ + i * kApart, *y = y_ + j * kApart;
-    float* sums = sums_ + (i * across_.tiles() + j) * kPartWords;
-    const int64_t down = across_.tiles() * kPartWords;
-    first ? Block::clear() : Block::load(sums, down, kPartWords);
-    for (int64_t step = 0; step < steps; ++step) {
-      Block::add(x + step * kTileWords, kApart, y + step * kTileWords, kApart, [] {});
+  static void take_apart(const StepRows& rows, const Columns& columns, uint32_t* tiles) {
+    for (int64_t pair = 0; pair < kPairs; ++pair) {
+      const float *first = rows.x[2 * pair], *second = rows.x[2 * pair + 1];
+      const float first_factor = rows.factors[2 * pair], second_factor = rows.factors[2 * pair + 1];
+      const __mmask16 first_there = rows.there[2 * pair], second_there = rows.there[2 * pair + 1];
+      uint32_t* words = tiles + pair * kTileRows;
+      for (int64_t rest = columns.count; rest > 0; rest -= kTileRows, words += kTileWords) {
+        const auto lanes = static_cast<__mmask16>(rest >= kTileRows ? 0xffff : (1 << rest) - 1);
+        const Floats x = (Floats)_mm512_maskz_loadu_ps(lanes & first_there, first);
+        const Floats y = (Floats)_mm512_maskz_loadu_ps(lanes & second_there, second);
+        const Parts parts(x * first_factor, y * second_factor);
+#pragma GCC unroll 3
+        for (int64_t part = 0; part < kTileParts; ++part) store(words + part * kPartWords, parts.words[part]);
+        first += kTileRows;
+        second += kTileRows;
+      }
     }
-    Block::store(sums, down, kPartWords);
   }
 
-  void write() const {
-    float* grad = static_cast<float*>(job_.grad);
-    for (int64_t r = 0; r < down_.count; ++r) {
-      float* row = grad + (down_.first + r) * job_.a.width + across_.first;
-      for (int64_t tile = 0; tile < across_.tiles(); ++tile) {
-        const int64_t k = ((r / kTileRows) * across_.tiles() + tile) * kPartWords + r % kTileRows * kTileRows;
-        const int64_t rest = across_.count - tile * kTileRows, count = rest < kTileRows ? rest : kTileRows;
-        for (int64_t c = 0; c < count; ++c) {
-          row[tile * kTileRows + c] = total_ ? static_cast<float>(total_[k + c]) : sums_[k + c];
+  template <int kDown, int kAcross>
+  void multiply_block(int64_t i, int64_t j, int64_t steps, bool first) {
+    using Block = TileBlock<kDown, kAcross, false>;
+    const uint32_t *x = x_ + i * kTileWords, *y = y_ + j * kTileWords;
+    float* sums = sums_ + (i * across_.tiles() + j) * kPartWords;
+    const int64_t apart = across_.tiles() * kPartWords;
+    first ? Block::clear() : Block::load(sums, apart, kPartWords);
+    for (int64_t step = 0; step < steps; ++step) {
+      Block::add(x, kTileWords, y, kTileWords, [] {});
+      x += down_.tiles() * kTileWords;
+      y += across_.tiles() * kTileWords;
+    }
+    Block::store(sums, apart, kPartWords);
+  }
+
+  // The sums, of the gradient [g.width, a.width].
+  void write(float* grad) const {
+    const bool exchanged = job_.is_transposed();
+    const int64_t width = job_.a.width;
+    for (int64_t i = 0; i < down_.tiles(); ++i) {
+      for (int64_t j = 0; j < across_.tiles(); ++j) {
+        const float* tile = sums_ + (i * across_.tiles() + j) * kPartWords;
+        Floats rows[kTileRows];
+        for (int64_t r = 0; r < kTileRows; ++r) rows[r] = load<Floats>(tile + r * kTileRows);
+        if (exchanged) transpose<kTileRows, 1>(rows);
+        const Columns &down = exchanged ? across_ : down_, &across = exchanged ? down_ : across_;
+        const int64_t row = (exchanged ? j : i) * kTileRows, column = (exchanged ? i : j) * kTileRows;
+        const int64_t count = std::min(across.count - column, kTileRows);
+        for (int64_t r = 0; r < std::min(down.count - row, kTileRows); ++r) {
+          float* target = grad + (down.first + row + r) * width + across.first + column;
+          std::memcpy(target, rows + r, count * sizeof(float));
         }
       }
     }
@@ -172,31 +194,36 @@ class PanelOfWeightGrad {
 
   const WeightGrad& job_;
   const Columns down_, across_;
-  const int64_t blocks_;
+  const int64_t sum_count_;
+  StepRows (*const rows_)[kChunkSteps];
   uint32_t *const x_, *const y_;
   float* const sums_;
   double* const total_;
-  bool precise_ = true;
 };
 
+// One of `panels` of about as many columns, in whole tiles two at a time as far as they go.
 Columns columns_of(int64_t width, int64_t panels, int64_t panel) {
-  // Whole tiles, two at a time, as far as they go.
-  const int64_t unit = 2 * kTileRows, units = (width + unit - 1) / unit;
-  const int64_t first = units * panel / panels * unit, end = std::min(units * (panel + 1) / panels * unit, width);
-  return {first, end - first};
+  const int64_t units = (width + kTwoTiles - 1) / kTwoTiles;
+  const int64_t first = units * panel / panels * kTwoTiles;
+  return {first, std::min(units * (panel + 1) / panels * kTwoTiles, width) - first};
 }
 
 }  // namespace
 
 bool weight_grad_units(const WeightGrad& job, int64_t begin, int64_t end) {
   const TileRegisters registers;
-  bool precise = true;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const Columns down = columns_of(job.g.width, job.panels_down, unit / job.panels_across);
-    const Columns across = columns_of(job.a.width, job.panels_across, unit % job.panels_across);
-    precise = PanelOfWeightGrad(job, down, across).run() && precise;
+    const int64_t group = unit / (job.panels_down * job.panels_across),
+                  panel = unit % (job.panels_down * job.panels_across);
+    const Columns down = columns_of(job.narrow().width, job.panels_down, panel / job.panels_across);
+    const Columns across = columns_of(job.wide().width, job.panels_across, panel % job.panels_across);
+    float* sums = static_cast<float*>(job.sums) + group * job.g.width * job.a.width;
+    if (!PanelOfWeightGrad(job, down, across)
+             .run(job.blocks * group / job.groups, job.blocks * (group + 1) / job.groups, sums)) {
+      return false;
+    }
   }
-  return precise;
+  return true;
 }
 
 }  // namespace wavedp::WAVEDP_ISA

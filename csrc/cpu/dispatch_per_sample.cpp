@@ -2,6 +2,7 @@
 // The functions of per_sample.h: divides their units among threads, and adds up what parts of a record gave
 // in an order that the number of threads does not change.
 #include <atomic>
+#include <memory>
 #include <numeric>
 
 #include "divide.h"
@@ -31,9 +32,10 @@ struct Units {
   bool (*weight_grad)(const WeightGrad& job, int64_t begin, int64_t end);
 };
 
-#define WAVEDP_UNITS(linear, isa, weight_grad)                                            \
-  {linear::linear_norms_units,      isa::norm_grads_units,    isa::squared_norms_units,   \
-   isa::weighted_sum_units,         isa::scale_records_units, isa::embedding_norms_units, \
+#define WAVEDP_UNITS(linear, isa, weight_grad)                   \
+  {linear::linear_norms_units,       isa::norm_grads_units,      \
+   isa::squared_norms_units,         isa::weighted_sum_units,    \
+   isa::scale_records_units,         isa::embedding_norms_units, \
    isa::embedding_weight_grad_units, weight_grad}
 
 const Units kUnits[] = {// as cpu_isa_index counts
@@ -98,24 +100,34 @@ bool scale_records_cpu(const ScaledRecords& job, int threads) {
   return precise.load();
 }
 
-bool weight_grad_cpu(const WeightGrad& job, int threads) {
+bool weight_grad_cpu(WeightGrad job, int64_t records_in_block, float* grad, int threads) {
   if (!chosen().weight_grad) return false;
-  constexpr int64_t kWidest = 512, kNarrowest = 64;
-  WeightGrad panels = job;
-  int64_t &down = panels.panels_down, &across = panels.panels_across;
-  down = (job.g.width + kWidest - 1) / kWidest;
-  across = (job.a.width + kWidest - 1) / kWidest;
-  while (down * across % threads != 0) {
-    const bool taller = job.g.width / down >= job.a.width / across;
-    if ((taller ? job.g.width / (down + 1) : job.a.width / (across + 1)) < kNarrowest) break;
-    ++(taller ? down : across);
+  // The sums of a panel stay in the second-level cache; a group has rows for a while. Neither depends on the
+  // number of threads, so that it does not show.
+  constexpr int64_t kWidestPanel = 512, kUnits = 8, kFewestRows = 512;
+  job.panels_down = (job.narrow().width + kWidestPanel - 1) / kWidestPanel;
+  job.panels_across = (job.wide().width + kWidestPanel - 1) / kWidestPanel;
+  const int64_t panels = job.panels_down * job.panels_across, rows = job.records * job.g.tokens;
+  const int64_t most = std::min({kUnits / panels, rows / kFewestRows, job.records});
+  job.groups = std::max<int64_t>(most, 1);
+  const int64_t needed = (job.records + records_in_block - 1) / records_in_block;
+  job.blocks = std::max((needed + job.groups - 1) / job.groups, int64_t(1)) * job.groups;
+  const int64_t size = job.g.width * job.a.width;
+  const std::unique_ptr<float[]> groups(job.groups > 1 ? new float[job.groups * size] : nullptr);
+  job.sums = groups ? groups.get() : grad;
+  std::atomic<bool> ordinary{true};
+  const double samples = static_cast<double>(rows) * static_cast<double>(size) / 32;
+  divide(panels * job.groups, static_cast<int64_t>(std::min(samples, 1e18)), threads,
+         [&](int64_t begin, int64_t end) {
+           if (!chosen().weight_grad(job, begin, end)) ordinary.store(false, std::memory_order_relaxed);
+         });
+  if (!ordinary.load()) return false;
+  const std::vector<double> ones(job.groups, 1.0);
+  if (groups) {
+    weighted_sum_cpu({{groups.get(), DType::kFloat32, job.groups, 1, size, size, size}, ones.data(), grad},
+                     threads);
   }
-  const int64_t products = job.records * job.g.tokens * job.g.width / 16 * job.a.width / 16;
-  std::atomic<bool> precise{true};
-  divide(down * across, products, threads, [&](int64_t begin, int64_t end) {
-    if (!chosen().weight_grad(panels, begin, end)) precise.store(false, std::memory_order_relaxed);
-  });
-  return precise.load();
+  return true;
 }
 
 void embedding_norms_cpu(const EmbeddingNorms& job, int threads) {

@@ -61,8 +61,8 @@ class Scratch {
   Real* next_;
 };
 
-// Memory of this thread that it keeps for the next time, so that the system does not clear pages of it anew at
-// every call. What it held is lost.
+// Memory of this thread that it keeps for the next time, so that the system does not clear pages of it anew
+// at every call. What it held is lost.
 inline void* lasting_memory(int64_t bytes) {
   struct Free {
     void operator()(void* memory) const { std::free(memory); }

@@ -55,8 +55,8 @@ static inline int64_t unit_count(const WeightedSum& job) {
   namespace wavedp::isa {                                                                     \
   void linear_norms_units(const LinearNorms& job, double* parts, int64_t begin, int64_t end); \
   }
-#define WAVEDP_DECLARE_WEIGHT_GRAD(isa)                                             \
-  namespace wavedp::isa {                                                            \
+#define WAVEDP_DECLARE_WEIGHT_GRAD(isa)                                      \
+  namespace wavedp::isa {                                                    \
   bool weight_grad_units(const WeightGrad& job, int64_t begin, int64_t end); \
   }
 #define WAVEDP_DECLARE_PER_SAMPLE(isa)                                                                     \

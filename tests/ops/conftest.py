@@ -62,6 +62,7 @@ TARGETS = [
     Target("native", isa="baseline"),
     Target("native", isa="avx2"),
     Target("native", isa="avx512"),
+    Target("native", isa="amx"),
     Target("triton", interpreted=True),
     *(pytest.param(Target(backend, "cuda"), marks=pytest.mark.cuda) for backend in ("reference", "triton", "cuda")),
 ]

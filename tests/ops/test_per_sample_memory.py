@@ -17,7 +17,7 @@ from wavedp.ops import per_sample as ops
 from wavedp.ops import use_backend
 
 ROOT = Path(__file__).parents[2]
-ISAS = ["baseline", "avx2", "avx512"]
+ISAS = ["baseline", "avx2", "avx512", "amx"]
 
 
 @pytest.fixture

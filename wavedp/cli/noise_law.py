@@ -31,7 +31,7 @@ def draws(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=draws, default=100_000_000, metavar="N", help="how many normals, as 1e8")
     parser.add_argument("--backend", default="auto", help="who makes them: native, reference, triton, cuda")
-    parser.add_argument("--instructions", help="of the C++ library: baseline, avx2 or avx512")
+    parser.add_argument("--instructions", help="of the C++ library: baseline, avx2, avx512 or amx")
     parser.add_argument("--dtype", choices=("float32", "float64"), help="float32; strict: float64")
     parser.add_argument("--mode", choices=("standard", "strict"), default="standard", help="of the noise")
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")

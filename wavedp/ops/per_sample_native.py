@@ -132,31 +132,33 @@ def _equal_blocks(B: int, T: int) -> tuple[int, int]:
     return B // most, most
 
 
-_TILES_GAIN = 1 << 20
-"""Products, above which a weight gradient is faster by the tiles of a processor that has them."""
+_FEWEST_ROWS, _FEWEST_COLUMNS, _FEWEST_PRODUCTS = 128, 32, 1 << 20
+"""From which on matrix tiles gain; below, taking the rows apart for them costs more."""
 
 
 def _weight_grad_by_tiles(g: Tensor, a: Tensor, factors: Tensor) -> Tensor | None:
-    """The same by the matrix tiles of the processor, or None: it has none, they do not gain, or lose precision."""
+    """:func:`scaled_weight_grad` by the matrix tiles of the processor.
+
+    None where it has none, they do not gain, or a row is too large or small for them.
+    """
     (B, T, p), d = g.shape, a.shape[2]
     if g.dtype != torch.float32 or a.dtype != torch.float32 or T > reference.MAX_ROWS_IN_FLOAT32:
         return None
-    if B * T * p * d < _TILES_GAIN or min(p, d) < 32:
+    if B * T < _FEWEST_ROWS or min(p, d) < _FEWEST_COLUMNS or B * T * p * d < _FEWEST_PRODUCTS:
         return None
     grad = g.new_empty((p, d))
     (g, g_axes), (a, a_axes), factors = _sequences(g), _sequences(a), factors.double().contiguous()
     records = min(reference.MAX_RECORDS_IN_FLOAT32, reference.MAX_ROWS_IN_FLOAT32 // T)
     inputs = g.data_ptr(), g_axes, a.data_ptr(), a_axes, factors.data_ptr()
-    is_done = compiled("weight_grad")(
-        *inputs, records, reference.SMALLEST_ROW, grad.data_ptr(), torch.get_num_threads()
-    )
+    smallest, threads = reference.SMALLEST_ROW, torch.get_num_threads()
+    is_done: bool = compiled("weight_grad")(*inputs, records, smallest, grad.data_ptr(), threads)
     return grad if is_done else None
 
 
 def scaled_weight_grad(g: Tensor, a: Tensor, factors: Tensor) -> Tensor:
-    """:func:`wavedp.reference.per_sample.scaled_weight_grad`, all but the products by the C++ library.
+    """:func:`wavedp.reference.per_sample.scaled_weight_grad`, all by the C++ library or all but the products.
 
-    The products of all whole blocks are one batched product.
+    These are then one batched product of all whole blocks.
     """
     (B, T, p), d = g.shape, a.shape[2]
     wide = arithmetic_dtype(a.dtype, g.dtype)
