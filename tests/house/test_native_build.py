@@ -5,6 +5,7 @@ import ast
 import ctypes
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import stat
@@ -50,7 +51,14 @@ def test_cpp_source_compiles_without_a_warning(source: Path) -> None:
     import pybind11
 
     includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DWAVEDP_ISA=baseline"]
+    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+    if source.stem.startswith("amx"):
+        if platform.machine().lower() not in {"x86_64", "amd64"}:
+            pytest.skip("needs a compiler for x86")
+        flags += [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mamx-tile", "-mamx-bf16"]
+        flags += ["-DWAVEDP_ISA=amx"]
+    else:
+        flags += ["-DWAVEDP_ISA=baseline"]
     result = subprocess.run([*CXX.split(), *flags, *includes, source], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
