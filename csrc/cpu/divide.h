@@ -46,8 +46,8 @@ void divide(int64_t units, int64_t samples, int threads, const Run& run) {
   }
 }
 
-// The place of the instruction set in use among those that are built, widest first: amx, avx512, avx2, baseline;
-// or the last alone.
+// The place of the instruction set in use among those that are built, widest first: amx, avx512, avx2,
+// baseline; or the last alone.
 int cpu_isa_index();
 
 }  // namespace wavedp
