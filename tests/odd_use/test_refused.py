@@ -254,7 +254,7 @@ REFUSED: list[tuple[Callable[[Bench], None], str]] = [
     (untied_after_wrapping, "other parameters than it was attached with"),
     (layer_added_after_wrapping, "frozen, unfrozen, replaced or added"),
     (layer_with_a_tied_weight_added_after_wrapping, "'more.weight' of the model changed"),
-    (parametrized_after_wrapping, "frozen, unfrozen, replaced or added"),
+    (parametrized_after_wrapping, "other parameters than it was attached with"),
     (pruned_after_wrapping, "other parameters than it was attached with"),
     (group_added_to_the_wrapped_optimizer, "1 trainable tensors that are not"),
     (group_added, "cannot be added to a private run"),

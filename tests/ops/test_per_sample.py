@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wavedp.ops import per_sample as ops
 from wavedp.ops import per_sample_native as native
@@ -377,38 +378,65 @@ def test_a_factor_is_not_rounded_away(device: str, size: float, factor: float) -
         assert torch.allclose(found, expected.expand(p, d), rtol=1e-6, atol=0)
 
 
-OPS: list[Callable[[str], tuple[Any, tuple[Any, ...]]]] = [
-    lambda dev: (ops.linear_norms, (torch.randn(2, 3, 4, device=dev), torch.randn(2, 3, 5, device=dev), True)),
-    lambda dev: (ops.linear_norms, (torch.randn(2, 3, 4, device=dev), torch.randn(2, 3, 5, device=dev), False)),
+OPS: list[Callable[[str], tuple[str, tuple[Any, ...]]]] = [
+    lambda dev: ("linear_norms", (torch.randn(2, 3, 4, device=dev), torch.randn(2, 3, 5, device=dev), True)),
+    lambda dev: ("linear_norms", (torch.randn(2, 3, 4, device=dev), torch.randn(2, 3, 5, device=dev), False)),
     lambda dev: (
-        ops.embedding_norms,
+        "embedding_norms",
         (torch.tensor([[0, 1], [1, 1]], device=dev), torch.randn(2, 2, 5, device=dev), 0),
     ),
     lambda dev: (
-        ops.embedding_weight_grad,
+        "embedding_weight_grad",
         (torch.tensor([[0, 1]], device=dev), torch.randn(1, 2, 5, device=dev), torch.ones(1, device=dev), 4, -1),
     ),
-    lambda dev: (ops.norm_grads, (torch.randn(2, 3, 4, device=dev), torch.randn(2, 3, 4, device=dev), 1e-5, True)),
-    lambda dev: (ops.squared_norms, (torch.randn(2, 3, 4, device=dev),)),
-    lambda dev: (ops.weighted_sum, (torch.randn(2, 3, 4, device=dev), torch.rand(2, device=dev))),
+    lambda dev: ("norm_grads", (torch.randn(2, 3, 4, device=dev), torch.randn(2, 3, 4, device=dev), 1e-5, True)),
+    lambda dev: ("squared_norms", (torch.randn(2, 3, 4, device=dev),)),
+    lambda dev: ("weighted_sum", (torch.randn(2, 3, 4, device=dev), torch.rand(2, device=dev))),
     lambda dev: (
-        ops.scaled_weight_grad,
+        "scaled_weight_grad",
         (torch.randn(2, 3, 4, device=dev), torch.randn(2, 3, 5, device=dev), torch.rand(2, device=dev)),
     ),
 ]
 
 
 @pytest.mark.parametrize("make", OPS)
-def test_opcheck(device: str, make: Callable[[str], tuple[Any, tuple[Any, ...]]]) -> None:
+def test_opcheck(device: str, make: Callable[[str], tuple[str, tuple[Any, ...]]]) -> None:
     op, arguments = make(device)
-    torch.library.opcheck(op.default, arguments)
+    torch.library.opcheck(getattr(torch.ops.wavedp, op).default, arguments)
+
+
+class Seen(TorchDispatchMode):
+    """The ops that go through the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", OPS)
+def test_dispatcher_is_left_out_only_where_nothing_looks(
+    device: str, make: Callable[[str], tuple[str, tuple[Any, ...]]]
+) -> None:
+    op, arguments = make(device)
+    alone = getattr(ops, op)(*arguments)
+    with Seen() as seen:
+        seen_too = getattr(ops, op)(*arguments)
+    assert seen.names[0] == f"wavedp::{op}"
+    for one, other in zip(*((x,) if isinstance(x, Tensor) else x for x in (alone, seen_too))):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("make", OPS)
-def test_every_result_is_written(device: str, make: Callable[[str], tuple[Any, tuple[Any, ...]]]) -> None:
+def test_every_result_is_written(device: str, make: Callable[[str], tuple[str, tuple[Any, ...]]]) -> None:
     op, arguments = make(device)
-    found = op(*arguments)
+    found = getattr(ops, op)(*arguments)
     for one in (found,) if isinstance(found, Tensor) else found:
         assert torch.isfinite(one).all()
 

@@ -4,7 +4,7 @@
 ``wavedp/reference/per_sample.py`` defines them. They have no derivative: what they give steers a privacy mechanism.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.ops.backend import implementation, requested_backend
+from wavedp.ops.eager import is_plain
 from wavedp.ops.wavelet import define_op
 from wavedp.reference import per_sample as reference
 from wavedp.reference.per_sample import arithmetic_dtype as arithmetic_dtype
@@ -41,6 +42,31 @@ def _check(
     factors: Tensor | None = None,
     ids: Tensor | None = None,
     same_width: bool = False,
+) -> None:
+    if not _fit(sequences[0][1], sequences[-1][1], factors, ids, same_width):
+        _refuse(op, sequences, factors, ids, same_width)
+
+
+def _fit(first: Tensor, last: Tensor, factors: Tensor | None, ids: Tensor | None, same_width: bool) -> bool:
+    """Whether :func:`_refuse` has nothing to refuse: a layer of a step cannot wait for it to look."""
+    shape, other, device = first.shape, last.shape, first.device
+    return (
+        len(shape) == len(other) == 3
+        and (shape == other if same_width else shape[:2] == other[:2])
+        and first.dtype in DTYPES
+        and last.dtype in DTYPES
+        and last.device == device
+        and (ids is None or (ids.dtype == torch.int64 and ids.shape == shape[:2] and ids.device == device))
+        and (factors is None or (factors.dtype in DTYPES and factors.shape == shape[:1] and factors.device == device))
+    )
+
+
+def _refuse(
+    op: str,
+    sequences: Sequence[tuple[str, Tensor]],
+    factors: Tensor | None,
+    ids: Tensor | None,
+    same_width: bool,
 ) -> None:
     first_name, first = sequences[0]
     for name, x in sequences:
@@ -190,10 +216,25 @@ define_op(
 )
 
 _ops: Any = torch.ops.wavedp
-linear_norms = _ops.linear_norms
-embedding_norms = _ops.embedding_norms
-embedding_weight_grad = _ops.embedding_weight_grad
-norm_grads = _ops.norm_grads
-squared_norms = _ops.squared_norms
-weighted_sum = _ops.weighted_sum
-scaled_weight_grad = _ops.scaled_weight_grad
+
+
+def _past_dispatcher(op: Callable[..., Any], compute: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """The op of as many tensors and further arguments, or what computes it where nothing else would look at the call.
+
+    Between the layers of a backward, when no cache holds the interpreter's own memory, the dispatcher takes longer than
+    many a layer's norms.
+    """
+
+    def call(*arguments: Any) -> Any:
+        return (compute if is_plain(*arguments[:tensors]) else op)(*arguments)
+
+    return call
+
+
+linear_norms = _past_dispatcher(_ops.linear_norms, _linear_norms, 2)
+embedding_norms = _past_dispatcher(_ops.embedding_norms, _embedding_norms, 2)
+embedding_weight_grad = _past_dispatcher(_ops.embedding_weight_grad, _embedding_weight_grad, 3)
+norm_grads = _past_dispatcher(_ops.norm_grads, _norm_grads, 2)
+squared_norms = _past_dispatcher(_ops.squared_norms, _squared_norms, 1)
+weighted_sum = _past_dispatcher(_ops.weighted_sum, _weighted_sum, 2)
+scaled_weight_grad = _past_dispatcher(_ops.scaled_weight_grad, _scaled_weight_grad, 3)

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.privacy.clipping import Clipping, accumulation_dtype
-from wavedp.privacy.per_sample import Materialised, PerSampleGradient, combined, is_small, side_by_side
+from wavedp.privacy.per_sample import (
+    Materialised,
+    Part,
+    PerSampleGradient,
+    combined,
+    is_small,
+    side_by_side,
+    take_norms,
+)
 
 LARGEST_IN_FLOAT32 = 2.0**20
 """Factors above this are not multiplied in float32. Clipping factors are 1 at most, times the rows of a mean."""
@@ -74,7 +82,7 @@ class Bookings:
             self._left[name] = form.squared_norms()
             return
         if alone and not is_small(form):
-            form.squared_norms()
+            take_norms(form)
         self._forms.setdefault(name, []).append(form)
 
     def of_records(self, form: PerSampleGradient) -> PerSampleGradient:
@@ -127,7 +135,10 @@ class Bookings:
     def clipped_sums(self, factors: "Factors") -> dict[str, Tensor]:
         """The sums over records of clipped gradients, by parameter; empties the bookings."""
         sums = {}
-        for name in reversed(list(self._forms)):  # what was booked last may still be in the cache
+        # What was booked last may still be in the cache. Small ones come together, at the end: the interpreter's own
+        # memory is in the cache then, and between large ones it is not.
+        newest_first = list(self._forms)[::-1]
+        for name in sorted(newest_first, key=lambda name: isinstance(self._forms[name][0], Part)):
             (form,) = self._forms.pop(name)
             sums[name] = factors.clipped_sum(name, form)
         return sums
@@ -156,12 +167,15 @@ class Factors:
     def clipped_sum(self, name: str, form: PerSampleGradient) -> Tensor:
         """The sum over records of the clipped gradients of one parameter, in its shape."""
         parameter = self._parameters[name]
-        place = accumulation_dtype(parameter.dtype), self._clipping.group_of(name), parameter.device
-        if place not in self._at:
-            if place[0] not in self._by_dtype:
-                self._by_dtype[place[0]] = _scaled(self._clipping.group_factors(self._norms, place[0]), self._scale)
-            self._at[place] = self._by_dtype[place[0]][place[1]].to(place[2])
-        return form.weighted_sum(self._at[place]).reshape(parameter.shape)
+        place = parameter.dtype, self._clipping.group_of(name), parameter.device
+        factors = self._at.get(place)
+        if factors is None:
+            wide = accumulation_dtype(parameter.dtype)
+            if wide not in self._by_dtype:
+                self._by_dtype[wide] = _scaled(self._clipping.group_factors(self._norms, wide), self._scale)
+            factors = self._at[place] = self._by_dtype[wide][place[1]].to(place[2])
+        total = form.weighted_sum(factors)
+        return total if total.shape == parameter.shape else total.reshape(parameter.shape)
 
 
 def _scaled(factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

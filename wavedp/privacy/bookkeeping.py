@@ -191,7 +191,7 @@ class GradientBook:
 
     def _tapped_forward(self, path: str) -> Callable[..., Any]:
         layer, rule, names = self._layers[path]
-        owned = [(key, self.parameters[name]) for key, name in names.items() if "." not in key]
+        owned = {key: self.parameters[name] for key, name in names.items() if "." not in key}
         numbers = {"": compiled.register(self, path, "")}  # before anything is compiled, which cannot register
 
         def tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:
@@ -211,11 +211,13 @@ class GradientBook:
             # A deep copy of the model (an EMA, say) is not booked and runs its own weights.
             if module is not layer or not torch.is_grad_enabled():
                 return type(module).forward(module, *args, **kwargs)
-            if any(getattr(layer, key) is not parameter for key, parameter in owned):
-                raise StateError(
-                    f"layer {path!r} runs with other parameters than it was attached with, as in "
-                    f"torch.func.functional_call: their gradients are not known"
-                )
+            given = layer._parameters
+            for key in owned:
+                if given.get(key) is not owned[key]:
+                    raise StateError(
+                        f"layer {path!r} runs with other parameters than it was attached with, as in "
+                        f"torch.func.functional_call or after it was parametrized: their gradients are not known"
+                    )
             return rule.forward(layer, compiled_tap if torch.compiler.is_compiling() else tap, *args, **kwargs)
 
         return forward

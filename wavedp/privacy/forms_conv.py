@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wavedp.privacy.clipping import accumulation_dtype
-from wavedp.privacy.per_sample import places_of_records, product_norms
-
-_ops = torch.ops.wavedp
+from wavedp.privacy.per_sample import OuterProducts, places_of_records
 
 _PATCH_ELEMENTS = 1 << 24
 """Patches of so many elements are cut out at once: 64 MiB in float32."""
@@ -154,9 +152,8 @@ class Convolution:
             yield tuple(_side_by_side(part, empty) for part in (a, g))  # type: ignore[misc]
 
     def _norms(self, a: Tensor, g: Tensor) -> Tensor:
-        squared, _ = product_norms(a.flatten(0, 1), g.flatten(0, 1), bias=False)
-        total: Tensor = squared.unflatten(0, a.shape[:2]).sum(1)
-        return total
+        squared = OuterProducts(a.flatten(0, 1), g.flatten(0, 1)).squared_norms()
+        return squared.unflatten(0, a.shape[:2]).sum(1)
 
 
 def _side_by_side(x: Tensor, missing: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ Book = Callable[[LayerRule, dict[str, str], Tensor, Tensor], Tensor]
 
 _TRANSPOSES = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
+_OF_INTEREST = {F.linear, F.embedding} | _PRODUCTS | _TRANSPOSES
 
 
 class FunctionalUses(TorchFunctionMode):
@@ -36,6 +37,8 @@ class FunctionalUses(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func not in _OF_INTEREST:
+            return func(*args, **kwargs)
         if func is F.linear:
             return self._linear(*args, **kwargs)
         if func is F.embedding:

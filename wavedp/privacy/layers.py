@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavedp.privacy.per_sample import Materialised, OuterProducts, PerSampleGradient, RowScatter, product_norms
-
-_ops = torch.ops.wavedp
+from wavedp.ops import per_sample as ops
+from wavedp.privacy.per_sample import Materialised, OuterProducts, PerSampleGradient, RowScatter
 
 
 class Call(NamedTuple):
@@ -88,9 +87,7 @@ def linear_gradients(call: Call, *, weight: bool, bias: bool) -> dict[str, PerSa
     products = OuterProducts(a, g)
     if not bias:
         return {"weight": products}
-    squared, bias_grads = product_norms(a, g, bias=True)
-    products.set_norms(squared)
-    return {"weight": products, "bias": Materialised(bias_grads)}
+    return {"weight": products, "bias": Materialised(products.measure(bias=True))}
 
 
 class EmbeddingRule:
@@ -141,14 +138,19 @@ class LayerNormRule:
 
     def gradients(self, layer: Any, use: str, call: Call) -> dict[str, PerSampleGradient]:
         shape = tuple(layer.normalized_shape)
-        x, g = (tokens(tensor, len(shape)).flatten(2) for tensor in call)
-        default = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps  # of RMSNorm's arithmetic
-        eps = default if layer.eps is None else layer.eps
-        weight, bias = _ops.norm_grads(x, g, eps, self._subtract_mean)
-        gradients: dict[str, PerSampleGradient] = {"weight": Materialised(weight.unflatten(1, shape))}
-        if self._subtract_mean and layer.bias is not None:
-            gradients["bias"] = Materialised(bias.unflatten(1, shape))
-        return gradients
+        x, g = tokens(call.inputs, len(shape)), tokens(call.output_grads, len(shape))
+        if len(shape) > 1:
+            x, g = x.flatten(2), g.flatten(2)
+        eps = layer.eps
+        if eps is None:  # of RMSNorm's arithmetic
+            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        weight, bias = ops.norm_grads(x, g, eps, self._subtract_mean)
+        found = (
+            {"weight": weight, "bias": bias} if self._subtract_mean and layer.bias is not None else {"weight": weight}
+        )
+        if len(shape) > 1:
+            found = {name: grads.unflatten(1, shape) for name, grads in found.items()}
+        return {name: Materialised(grads) for name, grads in found.items()}
 
 
 class RMSNormRule(LayerNormRule):

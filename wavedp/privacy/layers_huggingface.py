@@ -6,8 +6,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from wavedp.privacy.layers import Call, Tap, linear_gradients, tokens
-from wavedp.privacy.per_sample import Materialised, OuterProducts, PerSampleGradient, product_norms
+from wavedp.privacy.layers import Call, Tap, linear_gradients
+from wavedp.privacy.per_sample import OuterProducts, PerSampleGradient
 
 
 class TransposedLinearRule:
@@ -26,12 +26,7 @@ class TransposedLinearRule:
         return 2
 
     def gradients(self, layer: Any, use: str, call: Call) -> dict[str, PerSampleGradient]:
-        bias = layer.bias.requires_grad
-        if not layer.weight.requires_grad:
-            return linear_gradients(call, weight=False, bias=bias)
-        a, g = tokens(call.inputs, 1), tokens(call.output_grads, 1)
-        # A matrix and its transpose have the same norm.
-        squared, bias_grads = product_norms(a, g, bias=bias)
-        products = OuterProducts(g, a)
-        products.set_norms(squared)
-        return {"weight": products, "bias": Materialised(bias_grads)} if bias else {"weight": products}
+        forms = linear_gradients(call, weight=layer.weight.requires_grad, bias=layer.bias.requires_grad)
+        if isinstance(weight := forms.get("weight"), OuterProducts):
+            forms["weight"] = weight.transposed()
+        return forms

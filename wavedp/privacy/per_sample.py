@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
-from wavedp import functional  # noqa: F401  (registers the ops)
+from wavedp.ops import per_sample as ops
 from wavedp.privacy.clipping import accumulation_dtype
 
 NORM_ROUNDING = {torch.float32: 2.0**-20, torch.float64: 2.0**-49}
@@ -32,8 +32,6 @@ LONG = 4096
 NARROW = 16
 """Products narrower than this are taken in float64: a BLAS adds their rows up one by one in float32, where 64 aligned
 records of 128 tokens move by 2^-7 of C when one goes (:mod:`wavedp.privacy.rounding`)."""
-
-_ops = torch.ops.wavedp
 
 
 class PerSampleGradient(Protocol):
@@ -61,11 +59,11 @@ class Materialised:
 
     def squared_norms(self) -> Tensor:
         if self._squared is None:
-            self._squared = _ops.squared_norms(self.grads)
+            self._squared = ops.squared_norms(self.grads)
         return self._squared
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        total: Tensor = _ops.weighted_sum(self.grads, factors)
+        total: Tensor = ops.weighted_sum(self.grads, factors)
         return total
 
     def materialised(self) -> Tensor:
@@ -128,28 +126,47 @@ class OuterProducts:
     ) -> None:
         self.a = activations
         self.g = output_grads
-        self._dtype = accumulation_dtype(torch.promote_types(activations.dtype, output_grads.dtype))
+        self._measured: tuple[Tensor, Tensor] | None = None
         self._squared: Tensor | None = None
+
+    def measure(self, *, bias: bool = False) -> Tensor:
+        """Take what :meth:`squared_norms` needs, now that the gradients are in the cache, and ``sum_t g_bt`` if
+        ``bias``."""
+        a, g = self.a, self.g
+        if a.shape[1] > LONG:
+            a, g = a.double(), g.double()
+        squared, bound, sums = ops.linear_norms(a, g, bias)
+        self._measured = squared, bound
+        bias_grads: Tensor = sums
+        return bias_grads
 
     def squared_norms(self) -> Tensor:
         if self._squared is None:
-            self._squared, _ = product_norms(self.a, self.g, bias=False)
-        assert self._squared is not None
+            if self._measured is None:
+                self.measure()
+            assert self._measured is not None
+            squared, bound = self._measured
+            wide = self.a.shape[1] > LONG or torch.float64 in (self.a.dtype, self.g.dtype)
+            share = NORM_ROUNDING[torch.float64 if wide else torch.float32]
+            self._squared = torch.addcmul(squared.clamp_min(0.0), bound, bound, value=share)
         return self._squared
 
-    def set_norms(self, squared: Tensor) -> None:
-        """Take the squared norms that :func:`product_norms` gave."""
-        self._squared = squared
+    def transposed(self) -> "OuterProducts":
+        """The gradients of the transposed weight, whose norms are the same."""
+        products = OuterProducts(self.g, self.a)
+        products._measured = self._measured
+        return products
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         g, a = self.g, self.a
         if min(g.shape[2], a.shape[2]) < NARROW or factors.dtype == torch.float64:
             g, a, factors = g.double(), a.double(), factors.double()
-        total: Tensor = _ops.scaled_weight_grad(g, a, factors)
+        total: Tensor = ops.scaled_weight_grad(g, a, factors)
         return total
 
     def materialised(self) -> Tensor:
-        return self.g.to(self._dtype).mT @ self.a.to(self._dtype)
+        dtype = accumulation_dtype(torch.promote_types(self.a.dtype, self.g.dtype))
+        return self.g.to(dtype).mT @ self.a.to(dtype)
 
     def by_record(self, record: Tensor, records: int) -> "OuterProducts":
         # The tokens of all rows of a record stand one after another, those of missing rows being zero.
@@ -158,13 +175,12 @@ class OuterProducts:
         return OuterProducts(a, g)
 
 
-def product_norms(a: Tensor, g: Tensor, *, bias: bool) -> tuple[Tensor, Tensor]:
-    """Return squared norms ``[B]`` of ``sum_t g_bt a_bt^T``, not below the true, and ``sum_t g_bt`` if ``bias``."""
-    dtype = accumulation_dtype(torch.promote_types(a.dtype, g.dtype))
-    if a.shape[1] > LONG:
-        a, g, dtype = a.double(), g.double(), torch.float64
-    squared, bound, sums = _ops.linear_norms(a, g, bias)
-    return torch.addcmul(squared.clamp_min_(0.0), bound, bound, value=NORM_ROUNDING[dtype]), sums
+def take_norms(form: PerSampleGradient) -> None:
+    """Let a form read its gradients for the norms now, while they are in the cache; the rest can wait."""
+    if type(form) is not OuterProducts:
+        form.squared_norms()
+    elif form._measured is None:
+        form.measure()
 
 
 class RowScatter:
@@ -185,11 +201,11 @@ class RowScatter:
 
     def squared_norms(self) -> Tensor:
         if self._squared is None:
-            self._squared = _ops.embedding_norms(self.ids, self.g, self.padding)
+            self._squared = ops.embedding_norms(self.ids, self.g, self.padding)
         return self._squared
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        total: Tensor = _ops.embedding_weight_grad(self.ids, self.g, factors, self.num_rows, self.padding)
+        total: Tensor = ops.embedding_weight_grad(self.ids, self.g, factors, self.num_rows, self.padding)
         return total
 
     def materialised(self) -> Tensor:

@@ -71,6 +71,7 @@ class Booking:
         self._gradients = gradients
         self._min_axes = min_axes
         self._is_verified = is_verified
+        self._is_exact: bool | None = None
 
     def take(self, place: Place, call: Call) -> None:
         bookings = self.bookings
@@ -79,12 +80,21 @@ class Booking:
         check_record_axis(place, call, bookings.rows or 0, self._min_axes(place))
         if not self._is_verified(place) and nonzero(call.output_grads):
             self.unverified.add(place)
-        with torch.no_grad(), exact_arithmetic():
-            if bookings.record_map is not None:
-                bookings.record_map.check_rows(bookings.rows or 0)
-                call = Call(call.inputs, bookings.record_map.weighted(call.output_grads))
-            for name, form, alone in self._gradients(place, call):
-                bookings.add(name, form, alone=alone)
+        if self._is_exact is None:  # the same all through a backward
+            self._is_exact = exact_arithmetic() is _NOTHING
+        if self._is_exact:
+            self._book(place, call)
+        else:
+            with exact_arithmetic():
+                self._book(place, call)
+
+    def _book(self, place: Place, call: Call) -> None:
+        bookings = self.bookings
+        if bookings.record_map is not None:
+            bookings.record_map.check_rows(bookings.rows or 0)
+            call = Call(call.inputs, bookings.record_map.weighted(call.output_grads))
+        for name, form, alone in self._gradients(place, call):
+            bookings.add(name, form, alone=alone)
 
 
 class Summing:

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavedp.privacy import bookings, coverage, forms_conv, layers, per_sample
+from wavedp.privacy import bookings, coverage, layers
 from wavedp.privacy.bookings import Bookings
 from wavedp.privacy.bookkeeping import GradientBook
 from wavedp.privacy.contents import ContentsWatch
 from wavedp.privacy.forms_blocks import RowBlocks
-from wavedp.privacy.per_sample import Materialised, RowScatter, TiedEmbedding, combined
+from wavedp.privacy.forms_conv import Convolution
+from wavedp.privacy.per_sample import Materialised, OuterProducts, RowScatter, TiedEmbedding, combined
 from wavedp.selftest.planting import Planted, Registry
 
 registry = Registry("norms")
@@ -42,25 +43,22 @@ def ghost_bias_norm(planted: Planted) -> None:
 def token_cross_terms(planted: Planted) -> None:
     """Norms of weights add up tokens as if their gradients were orthogonal."""
 
-    def norms(original: Any, a: Tensor, g: Tensor, *, bias: bool) -> Any:
+    def norms(original: Any, self: OuterProducts) -> Tensor:
         planted.mark()
-        _, sums = original(a, g, bias=bias)
-        return _token_norms(a, g), sums
+        return _token_norms(self.a, self.g)
 
-    planted.replace(per_sample, "product_norms", norms)
-    planted.replace(layers, "product_norms", norms)
+    planted.replace(OuterProducts, "squared_norms", norms)
 
 
 @bug("own")
 def convolution_places_apart(planted: Planted) -> None:
     """Norms of convolutions add up places as if their gradients were orthogonal."""
 
-    def norms(original: Any, a: Tensor, g: Tensor, *, bias: bool) -> Any:
+    def norms(original: Any, self: Convolution, a: Tensor, g: Tensor) -> Tensor:
         planted.mark()
-        _, sums = original(a, g, bias=bias)
-        return _token_norms(a, g), sums
+        return _token_norms(a.flatten(0, 1), g.flatten(0, 1)).unflatten(0, a.shape[:2]).sum(1)
 
-    planted.replace(forms_conv, "product_norms", norms)
+    planted.replace(Convolution, "_norms", norms)
 
 
 @bug("own")
