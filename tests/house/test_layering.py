@@ -41,7 +41,7 @@ ARROWS: dict[str, set[str]] = {
     "data": {"storage", "extras", "functional"},
     "models": {"storage", "weights_file", "extras", "functional"},
     "superres": {"storage", "extras", "functional"},
-    "privacy": {"storage", "extras", "functional", "optim"},
+    "privacy": {"storage", "extras", "functional", "optim", "ops"},
     "compat": {"functional"},
     "storage": {"weights_file"},
     "weights_file": set(),

@@ -153,7 +153,8 @@ class Convolution:
 
     def _norms(self, a: Tensor, g: Tensor) -> Tensor:
         squared = OuterProducts(a.flatten(0, 1), g.flatten(0, 1)).squared_norms()
-        return squared.unflatten(0, a.shape[:2]).sum(1)
+        total: Tensor = squared.unflatten(0, a.shape[:2]).sum(1)
+        return total
 
 
 def _side_by_side(x: Tensor, missing: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def convolution_places_apart(planted: Planted) -> None:
 
     def norms(original: Any, self: Convolution, a: Tensor, g: Tensor) -> Tensor:
         planted.mark()
-        return _token_norms(a.flatten(0, 1), g.flatten(0, 1)).unflatten(0, a.shape[:2]).sum(1)
+        total: Tensor = _token_norms(a.flatten(0, 1), g.flatten(0, 1)).unflatten(0, a.shape[:2]).sum(1)
+        return total
 
     planted.replace(Convolution, "_norms", norms)
 
