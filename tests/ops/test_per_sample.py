@@ -355,13 +355,15 @@ def test_records_are_added_up_in_equal_blocks(threads: int) -> None:
     try:
         for B, T in itertools.product((0, 1, 63, 64, 65, 127, 129, 360, 4097, 100_001), (0, 1, 16, 200, 8192, 8193)):
             most = min(64, 8192 // max(T, 1))
-            blocks, records = native._equal_blocks(B, T)
+            blocks, records = native._equal_blocks(B, T, 1)
             assert records <= most, (B, T)
             assert 0 <= B - blocks * records <= most or most == 0, (B, T)
             if 1 < blocks >= threads and most > 1:
                 assert blocks % threads == 0 or records == most, (B, T)
-        assert native._equal_blocks(360, 16) == {1: (6, 60), 2: (6, 60), 3: (6, 60), 64: (6, 60)}[threads]
-        assert native._equal_blocks(300, 16) == {1: (5, 60), 2: (6, 50), 3: (6, 50), 64: (5, 60)}[threads]
+        assert native._equal_blocks(360, 16, 1) == {1: (6, 60), 2: (6, 60), 3: (6, 60), 64: (6, 60)}[threads]
+        assert native._equal_blocks(300, 16, 1) == {1: (5, 60), 2: (6, 50), 3: (6, 50), 64: (5, 60)}[threads]
+        # As many sums as are held, and not one more for the threads' sake: that would take the longer way.
+        assert native._equal_blocks(300, 16, native._MAX_BLOCK_ENTRIES // 5) == (5, 60)
     finally:
         torch.set_num_threads(before)
 

@@ -115,18 +115,20 @@ def _scale_records(x: Tensor, factors: Tensor, dtype: torch.dtype) -> tuple[Tens
     return scaled, is_precise
 
 
-def _equal_blocks(B: int, T: int) -> tuple[int, int]:
+def _equal_blocks(B: int, T: int, entries: int) -> tuple[int, int]:
     """How many blocks of how many records add up in float32, as in the reference, with no more than a block left over.
 
-    Where there are as many as threads, they are a multiple of them, which then end together.
+    Where there are as many as threads, they are a multiple of them, which then end together, if as many sums of so many
+    entries may be held.
     """
     most = min(reference.MAX_RECORDS_IN_FLOAT32, reference.MAX_ROWS_IN_FLOAT32 // max(T, 1))
     if most == 0 or most >= B:
         return 1, min(B, most)
     threads = torch.get_num_threads()
     blocks = -(-B // most)
-    if blocks >= threads:
-        blocks = -(-blocks // threads) * threads
+    rounded_up = -(-blocks // threads) * threads
+    if blocks >= threads and rounded_up * entries <= _MAX_BLOCK_ENTRIES:
+        blocks = rounded_up
     if blocks <= B and B % blocks <= most:
         return blocks, B // blocks
     return B // most, most
@@ -164,7 +166,7 @@ def scaled_weight_grad(g: Tensor, a: Tensor, factors: Tensor) -> Tensor:
     wide = arithmetic_dtype(a.dtype, g.dtype)
     if (total := _weight_grad_by_tiles(g, a, factors)) is not None:
         return total
-    blocks, records = _equal_blocks(B, T)
+    blocks, records = _equal_blocks(B, T, p * d)
     if 0 in (B, T, p, d, records) or blocks * p * d > _MAX_BLOCK_ENTRIES or not bool(factors.all()):
         return reference.scaled_weight_grad(g, a, factors, _scale_records)
     scaled, is_precise = _scale_records(a if d < p else g, factors, wide)
