@@ -3,6 +3,7 @@
 // each made just before, down to the image. What lies between the levels never leaves the first-level cache.
 #pragma once
 
+#include "coarse_rows.h"
 #include "convert.h"
 #include "haar_rows.h"
 #include "scratch.h"
@@ -87,6 +88,9 @@ class Analysis {
   template <bool kEmit>
   Row<Real> row(int k, int64_t r, Real* slot) {
     if (k == 0) return image_row(r, slot);
+    if constexpr (!Sink::kDetails) {
+      if (is_whole(k, r)) return whole_row<kEmit>(k, r, slot);
+    }
     Row<Real> top, bottom;
     if (kEmit && k == 2 && pairs_) {
       Real *low = slots_[1][kTop], *next_low = slots_[1][kBottom];
@@ -128,6 +132,22 @@ class Analysis {
     if (odd) low[cells] = beyond.ll;
     if (kEmit && (last || Sink::kDetails)) sink_.done(k, r);
     return kEmit && last ? Row<Real>{low, Real(0)} : completed(low, k);
+  }
+
+  // Whether row r of LL_k is made of blocks that the image has, where it can be read in place.
+  bool is_whole(int k, int64_t r) const {
+    return in_place_ && k <= kMaxFusedLow && (r + 1) << k <= size_.height[0] &&
+           size_.width[k] << k == size_.width[0];
+  }
+
+  template <bool kEmit>
+  Row<Real> whole_row(int k, int64_t r, Real* slot) {
+    const bool last = kEmit && k == size_.levels;
+    Real* low = last ? sink_.rows(k, r).low : slot;
+    const void* source = address_of(images_.x, images_.dtype, origin_ + (r << k) * images_.stride_h);
+    low_row(k, static_cast<const Real*>(source), images_.stride_h, size_.width[k], factor_, low);
+    if (last) sink_.done(k, r);
+    return last ? Row<Real>{low, Real(0)} : completed(low, k);
   }
 
   // The row past the last, `top`, of LL_k, whose height is odd. Rows that it needs and that are gone are made
