@@ -74,6 +74,24 @@ def test_more_levels_than_the_image_has_or_one_call_takes(size: tuple[int, int],
         torch.testing.assert_close(wavedp.waverec2(actual, output_size=size), back)
 
 
+def test_coarse_has_the_bits_of_the_transform(target: Any) -> None:
+    """Widths of vectors of every size with cells left over, whole blocks and rows below them, any strides."""
+    sizes = [(8, 8), (16, 24), (24, 264), (64, 136), (40, 520), (33, 64), (12, 72), (17, 40)]
+    for height, width in sizes[:1] if target.interpreted else sizes:
+        for dtype in TOLERANCES:
+            wide = torch.randn(2, 3, 2 * height, width + 5, dtype=dtype, device=target.device)
+            images = [
+                wide[:, :, :height, :width].contiguous(),
+                wide[:, :, ::2, 3 : 3 + width],
+                wide[:, :1, :1, :width].expand(2, 3, height, width),
+                wide[:, :, :height, :width].contiguous(memory_format=torch.channels_last),
+            ]
+            for x in images:
+                for level in range(1, 6):
+                    low = wavedp.wavedec2(x, level)[0]
+                    assert torch.equal(wavedp.coarse(x, level), low), (height, width, level, x.stride())
+
+
 def test_level_zero_is_the_image() -> None:
     x = torch.randn(4, 5)
     (only,) = wavedp.wavedec2(x, 0)
