@@ -111,7 +111,8 @@ bool weight_grad_cpu(WeightGrad job, int64_t records_in_block, float* grad, int 
   const int64_t most = std::min({kUnits / panels, rows / kFewestRows, job.records});
   job.groups = std::max<int64_t>(most, 1);
   const int64_t needed = (job.records + records_in_block - 1) / records_in_block;
-  job.blocks = std::max((needed + job.groups - 1) / job.groups, int64_t(1)) * job.groups;
+  // A multiple of the groups, but none without a record.
+  job.blocks = std::min((needed + job.groups - 1) / job.groups * job.groups, job.records);
   const int64_t size = job.g.width * job.a.width;
   const std::unique_ptr<float[]> groups(job.groups > 1 ? new float[job.groups * size] : nullptr);
   job.sums = groups ? groups.get() : grad;

@@ -156,6 +156,15 @@ def test_sums(B: int, T: int, d: int, p: int, change: str) -> None:
     assert worst(by_tiles(g, a, factors), exact_sum(g, a, factors)) < 1.5e-6
 
 
+@pytest.mark.parametrize("B", range(1, 20))
+@pytest.mark.parametrize("T", [2731, 4097])  # two records a block of rows that are added up in float32, and one
+def test_sums_of_few_long_records(B: int, T: int) -> None:
+    torch.manual_seed(B)
+    a, g, factors = torch.randn(B, T, 33), torch.randn(B, T, 32), torch.rand(B) + 1e-3
+    factors[B // 2] *= B < 10
+    assert worst(by_tiles(g, a, factors), exact_sum(g, a, factors)) < 1.5e-6
+
+
 def test_a_record_of_factor_0_is_left_out() -> None:
     torch.manual_seed(5)
     a, g, factors = torch.randn(40, 16, 64), torch.randn(40, 16, 192), torch.rand(40)
