@@ -26,6 +26,16 @@ void narrow(const double* total, int64_t count, void* target) {
   for (int64_t c = 0; c < count; ++c) static_cast<Real*>(target)[c] = static_cast<Real>(total[c]);
 }
 
+// Asks for what lies after a row, where the rows to come mostly are.
+template <class Real>
+void ask_after(const Real* row, int64_t width) {
+  constexpr int64_t kAhead = 4096;
+  const char* at = reinterpret_cast<const char*>(row) + kAhead;
+  for (int64_t byte = 0; byte < width * int64_t(sizeof(Real)); byte += kLineBytes) {
+    __builtin_prefetch(at + byte, 0, 3);
+  }
+}
+
 template <class Real>
 void norm_grads_of(const NormGrads& job, int64_t begin, int64_t end) {
   const int64_t width = job.x.width;
@@ -40,6 +50,8 @@ void norm_grads_of(const NormGrads& job, int64_t begin, int64_t end) {
     for (int64_t t = 0; t < job.x.tokens; ++t) {
       const Real* x = wide_row(job.x, record, t, 0, width, x_row);
       const Real* g = wide_row(job.g, record, t, 0, width, g_row);
+      ask_after(x, width);
+      ask_after(g, width);
       const double count = static_cast<double>(width);
       double mean = 0;
       if (job.subtract_mean) {

@@ -207,12 +207,38 @@ def test_a_look_at_the_averages_is_no_change(spec: MakeSpec, monkeypatch: pytest
     assert torch.equal(model.layer.weight, before)
 
 
-def test_bits_are_compared(spec: MakeSpec) -> None:
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "contiguous": lambda: torch.zeros(4, 3),
+    "transposed": lambda: torch.zeros(3, 4).t(),
+    "every other": lambda: torch.zeros(4, 6)[:, ::2],
+    "float16": lambda: torch.zeros(4, 3, dtype=torch.float16),
+    "complex128": lambda: torch.zeros(4, 3, dtype=torch.complex128),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bits_are_compared(spec: MakeSpec, layout: str) -> None:
     """NaN that stays is no change, and the sign of a zero is one."""
     model = CodeBook()
-    model.codes[0, 0], model.codes[0, 1] = float("nan"), 0.0
+    model.codes = LAYOUTS[layout]()
+    model.codes[0, 0] = float("nan")
     private = private_sgd(model, spec())
     private.step()
-    model.codes.data[0, 1] = -0.0
+    private.step()
+    model.codes.data[3, 2] = -0.0
     with pytest.raises(RuntimeError, match="'codes' of the model changed"):
+        private.step()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every other"])
+def test_weights_are_remembered_as_steps_leave_them(spec: MakeSpec, layout: str) -> None:
+    model = nn.Linear(3, 4)
+    model.weight = nn.Parameter(LAYOUTS[layout]())
+    private = private_sgd(model, spec())
+    for _ in range(3):
+        private.backward(model(torch.randn(2, 3)).sum(1))
+        private.step()
+    assert not torch.equal(model.weight, torch.zeros(4, 3))
+    model.weight.data[3, 2] += 1.0
+    with pytest.raises(RuntimeError, match="'weight' of the model changed"):
         private.step()

@@ -64,6 +64,14 @@ def is_plain(*tensors: Tensor, under_grad: bool = False) -> bool:
     return True
 
 
+def lies_in_memory(x: Tensor) -> bool:
+    """Whether the memory at ``x.data_ptr()`` holds the entries of ``x`` one after another, on the CPU."""
+    kind = type(x)
+    if kind is not Tensor and kind is not _Parameter:
+        return False
+    return _dispatch_keys(x).raw_repr() in _PLAIN_CPU_KEYS and x.is_contiguous()
+
+
 def are_plain_alike(tensors: Sequence[Tensor]) -> bool:
     """Whether :func:`is_plain` holds of all of these tensors of the CPU, and all have one dtype."""
     if not is_plain() or not {*map(type, tensors)} <= _PLAIN_TYPES:

@@ -10,11 +10,13 @@ from wavedp.errors import InvalidTypeError, InvalidValueError, StateError
 from wavedp.privacy.clipping import Clipping, accumulation_dtype
 from wavedp.privacy.per_sample import (
     Materialised,
+    OuterProducts,
     Part,
     PerSampleGradient,
     combined,
     is_small,
     side_by_side,
+    squared_norms_of_products,
     take_norms,
 )
 
@@ -113,14 +115,19 @@ class Bookings:
     def squared_norms(self, clipping: Clipping, scale: float, device: torch.device) -> dict[str, Tensor]:
         """Every record's squared norm ``[B]`` float64 in each clipping group that was reached; joins the uses."""
         small: dict[tuple[str, torch.dtype, torch.device], dict[str, Materialised]] = {}
+        products: dict[tuple[str, float, torch.device], list[OuterProducts]] = {}
         squares: dict[str, list[Tensor]] = {}
         for name, forms in self._forms.items():
             self._forms[name] = [form] = [combined(forms)]
             group = clipping.group_of(name)
             if is_small(form):
                 small.setdefault((group, form.grads.dtype, form.grads.device), {})[name] = form
+            elif type(form) is OuterProducts:
+                products.setdefault((group, form.rounding, form.g.device), []).append(form)
             else:
                 squares.setdefault(group, []).append(form.squared_norms())
+        for (group, _, _), of_kind in products.items():
+            squares.setdefault(group, []).append(squared_norms_of_products(of_kind))
         for (group, _, _), together in small.items():
             whole, parts = side_by_side(list(together.values()))
             self._forms.update((name, [part]) for name, part in zip(together, parts))

@@ -25,7 +25,7 @@ from wavedp.privacy.heap import keep_freed_memory
 from wavedp.privacy.layers import Call, LayerRule
 from wavedp.privacy.per_sample import PerSampleGradient
 from wavedp.privacy.probe import IndependenceProbe, Place, rows_of_outputs
-from wavedp.privacy.taps import Booking, Look, Summing, Taker, Tap, exact_arithmetic
+from wavedp.privacy.taps import Booking, Look, Summing, Taker, exact_arithmetic, put_tap
 
 _BOOKED = "wavedp.privacy: booked"
 
@@ -76,6 +76,7 @@ class GradientBook:
         self._heard: tuple[int, Booking] | None = None  # the backward a listener waits for, by autograd's number
         self._runs: Counter[str] = Counter()  # uses of each layer since the last backward
         self._rows: int | None = None  # of the batch that the model's forward is running on
+        self._has_mode = False  # whether that forward looks for functional uses
         self._anchor_of: dict[tuple[Place, torch.device], Tensor] = {}
         self._anchors: dict[tuple[Place, torch.device] | None, Tensor] = {}  # of taps since the model's forward began
         self._anchor = torch.zeros((), requires_grad=True)  # of the taps in compiled graphs
@@ -180,9 +181,10 @@ class GradientBook:
             self._rows = next((len(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim), None)
             try:
                 with FunctionalUses(self.parameters, self._tap_functional):
+                    self._has_mode = True
                     output = booked(model, *args, **kwargs)
             finally:
-                self._rows = None
+                self._rows, self._has_mode = None, False
             if self._listener is not None:
                 self._look_at(output)
             return output
@@ -193,6 +195,7 @@ class GradientBook:
         layer, rule, names = self._layers[path]
         owned = {key: self.parameters[name] for key, name in names.items() if "." not in key}
         numbers = {"": compiled.register(self, path, "")}  # before anything is compiled, which cannot register
+        is_ours = not rule.covers_children and all(type(p) is nn.Parameter for p in layer.parameters(recurse=False))
 
         def tap(output: Tensor, inputs: Tensor, use: str = "") -> Tensor:
             if type(output) is not Tensor or type(inputs) is not Tensor:
@@ -218,7 +221,14 @@ class GradientBook:
                         f"layer {path!r} runs with other parameters than it was attached with, as in "
                         f"torch.func.functional_call or after it was parametrized: their gradients are not known"
                     )
-            return rule.forward(layer, compiled_tap if torch.compiler.is_compiling() else tap, *args, **kwargs)
+            if torch.compiler.is_compiling():  # pragma: compiled graph
+                return rule.forward(layer, compiled_tap, *args, **kwargs)
+            # Where FunctionalUses is the only mode: it finds nothing in what a rule does.
+            is_alone = is_ours and self._has_mode and torch._C._len_torch_function_stack() == 1
+            if is_alone and not kwargs and all(type(x) is Tensor for x in args):
+                with torch._C.DisableTorchFunction():
+                    return rule.forward(layer, tap, *args)
+            return rule.forward(layer, tap, *args, **kwargs)
 
         return forward
 
@@ -260,8 +270,7 @@ class GradientBook:
         if anchor is None:
             anchor = self._anchor_of[place, device] = torch.zeros((), device=device, requires_grad=True)
         self._anchors[place, device] = anchor
-        tapped: Tensor = Tap.apply(output, anchor, inputs.detach(), self.seen, place)  # type: ignore[no-untyped-call]
-        return tapped
+        return put_tap(output, anchor, inputs.detach(), self.seen, place)
 
     def seen(self, place: Place, call: Call) -> None:
         """Take what a tap saw in a backward."""

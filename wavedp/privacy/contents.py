@@ -5,12 +5,14 @@ A forward that writes into a buffer, a frozen parameter or a weight publishes pr
 tensor's version counter does not see a write through ``.data`` or ``.numpy()``, so contents are compared.
 """
 
+import ctypes
 import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from wavedp.ops.eager import lies_in_memory
 from wavedp.privacy.coverage import saved_tensors
 
 EVERY_STEP_BYTES = 1 << 20
@@ -122,23 +124,37 @@ class _Copy:
 
     def __init__(self, tensor: Tensor) -> None:
         self._dtype, self._shape = tensor.dtype, tensor.shape
-        self._bits = _bits(tensor).clone()
+        self._bits = _bits(tensor).clone(memory_format=torch.contiguous_format)
+        self._bytes = self._bits.numel() * self._bits.element_size()
 
     def is_of(self, tensor: Tensor) -> bool:
-        return (
-            self._dtype == tensor.dtype and self._shape == tensor.shape and torch.equal(self._at(tensor), _bits(tensor))
-        )
+        if self._dtype != tensor.dtype or self._shape != tensor.shape:
+            return False
+        if self._is_alike(tensor):
+            return bool(_memcmp(self._bits.data_ptr(), tensor.data_ptr(), self._bytes) == 0)
+        return torch.equal(self._at(tensor), _bits(tensor))
 
     def overwrite(self, tensor: Tensor) -> bool:
         """Become the copy of another tensor, if that is of the same type and shape."""
         if self._dtype != tensor.dtype or self._shape != tensor.shape:
             return False
-        self._bits = self._at(tensor).copy_(_bits(tensor))
+        if self._is_alike(tensor):
+            ctypes.memmove(self._bits.data_ptr(), tensor.data_ptr(), self._bytes)
+        else:
+            self._bits = self._at(tensor).copy_(_bits(tensor))
         return True
+
+    def _is_alike(self, tensor: Tensor) -> bool:
+        """Whether the tensor lies in memory as the copy does, whose bytes then stand for it."""
+        return self._bits.is_cpu and lies_in_memory(tensor)
 
     def _at(self, tensor: Tensor) -> Tensor:
         return self._bits if self._bits.device == tensor.device else self._bits.to(tensor.device)
 
+
+# A call of torch.equal on each of many small tensors takes most of a small model's step.
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

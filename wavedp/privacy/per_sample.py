@@ -140,15 +140,22 @@ class OuterProducts:
         bias_grads: Tensor = sums
         return bias_grads
 
+    def measured(self) -> tuple[Tensor, Tensor]:
+        """The squared norms as computed, and ``sum_t |a_t| |g_t|``, both ``[B]`` float64."""
+        if self._measured is None:
+            self.measure()
+        assert self._measured is not None
+        return self._measured
+
+    @property
+    def rounding(self) -> float:
+        """The share of the bound's square that is added to the squared norm."""
+        wide = self.a.shape[1] > LONG or torch.float64 in (self.a.dtype, self.g.dtype)
+        return NORM_ROUNDING[torch.float64 if wide else torch.float32]
+
     def squared_norms(self) -> Tensor:
         if self._squared is None:
-            if self._measured is None:
-                self.measure()
-            assert self._measured is not None
-            squared, bound = self._measured
-            wide = self.a.shape[1] > LONG or torch.float64 in (self.a.dtype, self.g.dtype)
-            share = NORM_ROUNDING[torch.float64 if wide else torch.float32]
-            self._squared = torch.addcmul(squared.clamp_min(0.0), bound, bound, value=share)
+            self._squared = squared_norms_of_products([self])
         return self._squared
 
     def transposed(self) -> "OuterProducts":
@@ -175,12 +182,20 @@ class OuterProducts:
         return OuterProducts(a, g)
 
 
+def squared_norms_of_products(forms: Sequence[OuterProducts]) -> Tensor:
+    """The squared norms ``[B]`` of the gradients of several parameters together, of one rounding and device."""
+    measured = [form.measured() for form in forms]
+    squared = torch.stack([one for one, _ in measured]).clamp_min_(0.0)
+    bound = torch.stack([one for _, one in measured])
+    return squared.addcmul_(bound, bound, value=forms[0].rounding).sum(0)
+
+
 def take_norms(form: PerSampleGradient) -> None:
     """Let a form read its gradients for the norms now, while they are in the cache; the rest can wait."""
     if type(form) is not OuterProducts:
         form.squared_norms()
-    elif form._measured is None:
-        form.measure()
+    else:
+        form.measured()
 
 
 class RowScatter:

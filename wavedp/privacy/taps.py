@@ -45,6 +45,19 @@ class Tap(torch.autograd.Function):
         return grads[0], None, None, None, None
 
 
+_apply: Any = super(torch.autograd.Function, Tap).apply
+
+
+def put_tap(
+    output: Tensor, anchor: Tensor, inputs: Tensor, seen: Callable[[Place, Call], None], place: Place
+) -> Tensor:
+    """``output`` with a :class:`Tap` behind it, that hands ``inputs`` and the output's gradient to ``seen``."""
+    # What torch does for transforms in front of every call takes as long as the call.
+    apply = Tap.apply if torch._C._are_functorch_transforms_active() else _apply
+    tapped: Tensor = apply(output, anchor, inputs, seen, place)
+    return tapped
+
+
 class Booking:
     """Turns uses into per-record gradients.
 

@@ -43,11 +43,12 @@ def ghost_bias_norm(planted: Planted) -> None:
 def token_cross_terms(planted: Planted) -> None:
     """Norms of weights add up tokens as if their gradients were orthogonal."""
 
-    def norms(original: Any, self: OuterProducts) -> Tensor:
+    def measured(original: Any, self: OuterProducts) -> tuple[Tensor, Tensor]:
         planted.mark()
-        return _token_norms(self.a, self.g)
+        norms = _token_norms(self.a, self.g)
+        return norms, torch.zeros_like(norms)
 
-    planted.replace(OuterProducts, "squared_norms", norms)
+    planted.replace(OuterProducts, "measured", measured)
 
 
 @bug("own")
