@@ -7,6 +7,7 @@ tensor's version counter does not see a write through ``.data`` or ``.numpy()``,
 
 import ctypes
 import hashlib
+import os
 from dataclasses import dataclass
 
 import torch
@@ -130,7 +131,7 @@ class _Copy:
     def is_of(self, tensor: Tensor) -> bool:
         if self._dtype != tensor.dtype or self._shape != tensor.shape:
             return False
-        if self._is_alike(tensor):
+        if _memcmp is not None and self._is_alike(tensor):
             return bool(_memcmp(self._bits.data_ptr(), tensor.data_ptr(), self._bytes) == 0)
         return torch.equal(self._at(tensor), _bits(tensor))
 
@@ -153,8 +154,8 @@ class _Copy:
 
 
 # A call of torch.equal on each of many small tensors takes most of a small model's step.
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_Memcmp = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memcmp = _Memcmp(("memcmp", ctypes.CDLL(None))) if os.name == "posix" else None
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
